@@ -1,0 +1,1164 @@
+"""Barlow Twins (Zbontar et al. 2021, https://arxiv.org/abs/2103.03230) in one file.
+
+Two augmented views of every image go through the same network. Each unit of the embedding is
+standardized over the batch, and C, the cross-correlation matrix of the two batches of embeddings,
+is driven towards the identity. Its diagonal says that both views of an image should get the same
+embedding; the rest says that no unit should repeat what another one says. No negative pairs, no
+momentum encoder, no stop-gradient: the second term alone keeps the embeddings from collapsing.
+After training the projector is thrown away and the backbone is kept.
+
+    loss = sum_i (1 - C_ii)^2 + lambda * sum_{i != j} C_ij^2
+
+    torchrun barlow_twins.py                                        # built-in data, two minutes
+    torchrun barlow_twins.py --data cifar10 --recipe quick          # CIFAR-10 on a CPU
+    torchrun --nproc-per-node 8 barlow_twins.py --data IMAGENET     # the paper's recipe
+
+Loss > Views > Network > Optimizer > Data > Processes > Evaluation > Training > Command line
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torchvision import datasets, models
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as TF
+
+# ---------------------------------------------------------------------------------------- Loss
+
+
+def standardize(z: Tensor) -> Tensor:
+    """(N, D) -> (N, D) with mean 0 and variance 1 in each unit: BatchNorm without parameters.
+
+    In float32 at least, also under autocast. A unit that is constant over the batch becomes 0.
+    """
+    return F.batch_norm(
+        z.to(torch.promote_types(z.dtype, torch.float32)), None, None, training=True
+    )
+
+
+def cross_correlation(z_a: Tensor, z_b: Tensor) -> Tensor:
+    """Correlation of every unit of one view with every unit of the other (paper, equation 2).
+
+    (N, D), (N, D) -> (D, D), float32, entries in [-1, 1].
+    Raises ValueError unless both are matrices of one shape with at least two rows.
+    """
+    _check(z_a, z_b)
+    with torch.autocast(z_a.device.type, enabled=False):
+        return standardize(z_a).T @ standardize(z_b) / len(z_a)
+
+
+def barlow_twins_loss(
+    z_a: Tensor, z_b: Tensor, lambd: float = 0.0051, redundancy: str = "cross"
+) -> Tensor:
+    """The Barlow Twins loss (paper, equation 1) of a whole batch.
+
+    z_a, z_b: (N, D) embeddings of the two views; row n of both belongs to image n.
+    lambd: weight of the redundancy term, the paper's lambda.
+    redundancy: "cross" takes the off-diagonal elements from C, "auto" from the autocorrelation of
+        z_a, as the information bottleneck asks for (paper, appendix A).
+    Returns a float32 scalar (float64 for float64 embeddings).
+    Raises ValueError for shapes that differ, are not 2-D or have one row.
+    """
+    invariance, off_diagonal = loss_terms(z_a, z_b, redundancy)
+    return invariance + lambd * off_diagonal
+
+
+def loss_terms(z_a: Tensor, z_b: Tensor, redundancy: str = "cross") -> tuple[Tensor, Tensor]:
+    """The two sums of the loss, sum_i (1 - C_ii)^2 and sum_{i != j} C_ij^2, as scalars."""
+    _check(z_a, z_b)
+    if redundancy not in ("cross", "auto"):
+        raise ValueError(f'redundancy is "cross" or "auto", not {redundancy!r}')
+    n, d = z_a.shape
+    with torch.autocast(z_a.device.type, enabled=False):
+        a, b = standardize(z_a), standardize(z_b)
+        diagonal = (a * b).sum(0) / n
+        invariance = (1 - diagonal).square().sum()
+        if redundancy == "auto":
+            b, diagonal = a, a.square().sum(0) / n
+        if d <= n:
+            c = a.T @ b / n
+            off_diagonal = (c - torch.diag(diagonal)).square().sum()
+        else:
+            # ||A^T B||^2 = <A A^T, B B^T> (Garrido et al. 2022, arXiv 2206.02574): two N x N
+            # Gram matrices give the same sum as the larger D x D matrix, which is never made.
+            gram = (a @ a.T) * (b @ b.T)
+            off_diagonal = gram.sum() / n**2 - diagonal.square().sum()
+    return invariance, off_diagonal
+
+
+def _check(z_a: Tensor, z_b: Tensor) -> None:
+    if z_a.shape != z_b.shape or z_a.ndim != 2 or len(z_a) < 2:
+        shapes = f"{tuple(z_a.shape)} and {tuple(z_b.shape)}"
+        raise ValueError(f"embeddings must both be (N, D) with N of 2 or more, not {shapes}")
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, z)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # Every process computes the same loss, so each already holds the whole gradient and keeps
+        # the rows of its own images. DistributedDataParallel will average over the processes
+        # where a sum is due: hence the factor.
+        return grad.chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
+
+
+def gather_batch(z: Tensor) -> Tensor:
+    """Embeddings of the whole batch: (n, D) per process -> (W * n, D) on each of W processes.
+
+    Differentiable: with the same loss on every process and DistributedDataParallel, the gradients
+    of the parameters are those of one process that holds the whole batch. Every process must bring
+    the same n. Without a process group, or alone in it, returns z.
+    """
+    return _Gather.apply(z.contiguous()) if process_count() > 1 else z
+
+
+# --------------------------------------------------------------------------------------- Views
+# The operations are torchvision's, but with a factor of its own for every image of the batch.
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's models use
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 or [0, 1] float (N, 3, H, W) -> float (N, 3, H, W), as the backbone wants them."""
+    return TF.normalize(TF.to_dtype(images, torch.float32, scale=True), MEAN, STD)
+
+
+def crop_boxes(n: int, height: int, width: int, scale: tuple[float, float]) -> Tensor:
+    """n random boxes (n, 4): top, left, height, width in pixels, as RandomResizedCrop draws them.
+
+    scale: share of the image's area, drawn uniformly. The aspect ratio is 3/4 to 4/3.
+    """
+    area = height * width * torch.empty(n, 10).uniform_(*scale)
+    ratio = torch.empty(n, 10).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
+    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
+    # The first of ten draws that fits into the image, or else as much of the image as may be.
+    h = F.pad(h, (0, 1), value=min(height, round(width * 4 / 3)))
+    w = F.pad(w, (0, 1), value=min(width, round(height * 4 / 3)))
+    fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)
+    first = fits.int().argmax(1, keepdim=True)
+    h, w = h.gather(1, first), w.gather(1, first)
+    top, left = (torch.rand(n, 1) * (height - h + 1)), (torch.rand(n, 1) * (width - w + 1))
+    return torch.cat([top.floor(), left.floor(), h, w], dim=1)
+
+
+def resize_weights(start: Tensor, length: Tensor, size: int, total: int) -> Tensor:
+    """Antialiased bicubic interpolation of a stretch of pixels as a matrix.
+
+    start, length: (n, 1, 1), the stretch within `total` pixels. -> (n, size, total), rows sum to 1.
+    """
+    scale = length / size
+    centre = start + (torch.arange(size, device=start.device).view(-1, 1) + 0.5) * scale
+    pixel = torch.arange(total, device=start.device) + 0.5
+    t = ((pixel - centre) / scale.clamp(min=1)).abs().clamp(max=2)
+    weights = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2)
+    weights = weights * ((pixel > start) & (pixel < start + length))
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def resized_crop(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
+    """uint8 (N, 3, H, W), boxes (N, 4), bool (N,) -> float (N, 3, size, size) in [0, 1]."""
+    n, c, height, width = images.shape
+    top, left, h, w = boxes.view(n, 4, 1, 1).unbind(1)
+    rows, columns = resize_weights(top, h, size, height), resize_weights(left, w, size, width)
+    columns = torch.where(flip.view(n, 1, 1), columns.flip(1), columns)
+    x = images.reshape(n, c * height, width).float() / 255 @ columns.mT
+    return (rows.unsqueeze(1) @ x.view(n, c, height, size)).clamp_(0, 1)
+
+
+def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """x (N, 3, H, W) in [0, 1], factor (N, 1, 1, 1); so are those of the next three."""
+    return (x * factor).clamp_(0, 1)
+
+
+def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    mean = TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True)
+    return torch.lerp(mean, x, factor).clamp_(0, 1)
+
+
+def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(TF.rgb_to_grayscale(x), x, factor).clamp_(0, 1)
+
+
+def adjust_hue(x: Tensor, factor: Tensor) -> Tensor:
+    """Turns the hue by `factor` of the colour circle, in HSV."""
+    value = x.amax(1, keepdim=True)
+    chroma = value - x.amin(1, keepdim=True)
+    r, g, b = x.split(1, dim=1)
+    hue = torch.where(value == r, g - b, torch.where(value == g, b - r, r - g))
+    hue = hue / chroma.clamp(min=1e-12)
+    hue += torch.where(value == r, 0.0, torch.where(value == g, 2.0, 4.0)) + 6 * factor
+    # In sixths of the circle red lies at 0, green at 2, blue at 4. A channel has the full value
+    # where the hue is within 1 of its own, and falls to value - chroma at a distance of 2.
+    distance = hue - torch.tensor([0.0, 2.0, 4.0], device=x.device).view(3, 1, 1)
+    distance = (distance - 6 * (distance / 6).round()).abs()
+    return value - chroma * (distance - 1).clamp_(0, 1)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """(N, 3, H, W), sigma (N,) in pixels; kernel of 23 pixels (BYOL, arXiv 2006.07733, app. B)."""
+    n, c, height, width = x.shape
+    radius = min(11, height - 1, width - 1)
+    taps = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.softmax(-0.5 * (taps / sigma.view(n, 1)).square(), dim=1)
+    kernel = kernel.repeat_interleave(c, dim=0).view(n * c, 1, 1, -1)
+    x = F.pad(x, [radius] * 4, mode="reflect").view(1, n * c, height + 2 * radius, -1)
+    x = F.conv2d(F.conv2d(x, kernel, groups=n * c), kernel.mT, groups=n * c)
+    return x.view(n, c, height, width)
+
+
+JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+class Augment(nn.Module):
+    """One of the two augmentation distributions (paper, section 2.2; BYOL, appendix B).
+
+    uint8 (N, 3, H, W) -> normalized float (N, 3, size, size). Crop, flip, colour jitter, grayscale,
+    blur and solarization are drawn for every image by itself.
+
+    size: side of the view in pixels.
+    scale: share of the image's area that a crop covers; None if the images are random crops of the
+        right size already.
+    blur, solarize: probabilities.
+    """
+
+    def __init__(self, size: int, scale=(0.08, 1.0), blur: float = 0.0, solarize: float = 0.0):
+        super().__init__()
+        self.size, self.scale, self.blur, self.solarize = size, scale, blur, solarize
+
+    def forward(self, images: Tensor) -> Tensor:
+        n, _, height, width = images.shape
+
+        # All is drawn on the CPU: a seed gives the same views on every device, and the device
+        # need not be asked which images were chosen.
+        def send(x: Tensor) -> Tensor:
+            x = x.pin_memory() if images.is_cuda else x
+            return x.to(images.device, non_blocking=True)
+
+        def chosen(mask: Tensor) -> Tensor:
+            return send(mask.nonzero().squeeze(1))
+
+        flip = torch.rand(n) < 0.5
+        if self.scale is None:
+            x = TF.to_dtype(images, torch.float32, scale=True)
+            i = chosen(flip)
+            x[i] = x[i].flip(3)
+        else:
+            boxes = crop_boxes(n, height, width, self.scale)
+            x = resized_crop(images, send(boxes), send(flip), self.size)
+
+        reach = torch.tensor([0.4, 0.4, 0.2, 0.1])
+        factor = send(torch.tensor([1.0, 1.0, 1.0, 0.0]) + reach * (2 * torch.rand(n, 4) - 1))
+        order = torch.rand(n, 4).argsort(1)  # in which each image meets the four operations
+        order[torch.rand(n) >= 0.8] = -1
+        for turn in order.T:
+            for k, adjust in enumerate(JITTER):
+                i = chosen(turn == k)
+                x[i] = adjust(x[i], factor[i, k].view(-1, 1, 1, 1))
+
+        i = chosen(torch.rand(n) < 0.2)
+        x[i] = TF.rgb_to_grayscale(x[i], num_output_channels=3)
+        mask, sigma = torch.rand(n) < self.blur, torch.empty(n).uniform_(0.1, 2.0)
+        if mask.any():
+            i = chosen(mask)
+            x[i] = gaussian_blur(x[i], send(sigma[mask]))
+        i = chosen(torch.rand(n) < self.solarize)
+        x[i] = TF.solarize(x[i], threshold=0.5)
+        return normalize(x)
+
+
+def two_views(images: Tensor, augment_a: Augment, augment_b: Augment) -> tuple[Tensor, Tensor]:
+    """The views of a batch, one from T and one from T': two float (N, 3, size, size).
+
+    images: uint8 (N, 3, H, W), or (N, 2, 3, H, W) if two crops were made of each image already.
+    """
+    a, b = images.unbind(1) if images.ndim == 5 else (images, images)
+    return augment_a(a), augment_b(b)
+
+
+# ------------------------------------------------------------------------------------- Network
+
+RESNETS = models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*"])
+
+
+def make_backbone(arch: str, small_images: bool) -> tuple[nn.Module, int]:
+    """The backbone without a classifier, (N, 3, H, W) -> (N, d), and d."""
+    if arch == "small":
+        layers, widths = [], (3, 32, 64, 128, 256)
+        for c_in, c_out in pairwise(widths):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), widths[-1]
+    if arch not in RESNETS:
+        raise ValueError(f"arch is one of small, {', '.join(RESNETS)}, not {arch!r}")
+    backbone = models.get_model(arch, zero_init_residual=True)
+    d, backbone.fc = backbone.fc.in_features, nn.Identity()
+    if small_images:
+        backbone.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+        backbone.maxpool = nn.Identity()
+    return backbone, d
+
+
+class BarlowTwins(nn.Module):
+    """Backbone and projector (paper, section 2.2).
+
+    arch: the name of a torchvision ResNet, or "small", four convolutions for CPUs.
+    projector: widths of its layers, such as "8192-8192-8192"; the last one is D.
+    small_images: 3x3 stem without max-pool, for images of about 32 pixels (SimCLR, arXiv
+        2002.05709, appendix B.9).
+    forward: (N, 3, H, W) -> embeddings z (N, D). `backbone` gives the representations (N, d) that
+    are kept after training, `projector` maps (N, d) to (N, D).
+    Raises ValueError for an unknown arch or projector.
+    """
+
+    def __init__(self, arch="resnet18", projector="2048-2048-2048", small_images=True):
+        super().__init__()
+        if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", projector):
+            raise ValueError(f'projector is made of widths like "512-512-512", not {projector!r}')
+        self.backbone, d = make_backbone(arch, small_images)
+        *hidden, last = map(int, projector.split("-"))
+        layers = []
+        for width in hidden:
+            layers += [
+                nn.Linear(d, width, bias=False),
+                nn.BatchNorm1d(width),
+                nn.ReLU(inplace=True),
+            ]
+            d = width
+        self.projector = nn.Sequential(*layers, nn.Linear(d, last, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projector(self.backbone(x))
+
+
+# ----------------------------------------------------------------------------------- Optimizer
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step has, for each layer, a length in proportion to its weights.
+
+    (You et al. 2017, arXiv 1708.03888; paper, section 2.2.) For a tensor w of two or more
+    dimensions with gradient g:
+
+        g <- g + weight_decay * w
+        m <- momentum * m + g * eta * |w| / |g|
+        w <- w - lr * m
+
+    Vectors (biases, BatchNorm) get neither the decay nor the factor, and the factor is 1 where
+    either norm is 0.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001):
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}
+        )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = closure and torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                g = w.grad
+                if w.ndim > 1:
+                    g = g.add(w, alpha=group["weight_decay"])
+                    ratio = group["eta"] * w.norm() / g.norm()
+                    g = g * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+                if "momentum" not in self.state[w]:
+                    self.state[w]["momentum"] = torch.zeros_like(w)
+                m = self.state[w]["momentum"].mul_(group["momentum"]).add_(g)
+                w.add_(m, alpha=-group["lr"])
+        return loss
+
+
+def learning_rate(step: int, steps: int, warmup: int) -> float:
+    """Share of the full rate at a step: linear from 0 over `warmup` steps, then half a cosine
+    from 1 to 0.001 at the last of `steps` steps (paper, section 2.2)."""
+    if step < warmup:
+        return step / warmup
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    return cosine + 0.001 * (1 - cosine)
+
+
+# ---------------------------------------------------------------------------------------- Data
+
+
+def _box(u: Tensor, v: Tensor, half_width: float, half_height: float) -> Tensor:
+    return torch.maximum(u.abs() - half_width, v.abs() - half_height)
+
+
+# Each shape as a function of the plane that is negative inside; the shapes fill about [-1, 1]^2.
+SHAPES = {
+    "disk": lambda u, v: torch.hypot(u, v) - 0.85,
+    "ring": lambda u, v: (torch.hypot(u, v) - 0.7).abs() - 0.2,
+    "square": lambda u, v: _box(u, v, 0.75, 0.75),
+    "frame": lambda u, v: _box(u, v, 0.65, 0.65).abs() - 0.18,
+    "triangle": lambda u, v: torch.maximum(v - 0.7, 0.87 * u.abs() - 0.5 * v - 0.43),
+    "plus": lambda u, v: torch.minimum(_box(u, v, 0.9, 0.27), _box(u, v, 0.27, 0.9)),
+    "star": lambda u, v: torch.hypot(u, v) - 0.62 - 0.33 * torch.cos(5 * torch.atan2(u, -v)),
+    "crescent": lambda u, v: torch.maximum(
+        torch.hypot(u, v) - 0.9, 0.75 - torch.hypot(u - 0.45, v)
+    ),
+    "bars": lambda u, v: _box(u.abs() - 0.55, v, 0.25, 0.9),
+    "hourglass": lambda u, v: torch.maximum(v.abs() - 0.85, u.abs() - v.abs()),
+}
+
+
+def shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
+    """n images of the ten SHAPES, drawn anew from the seed.
+
+    Place, size, turn, brightness and tint vary, and pixels are noisy, so that pixels tell little
+    about the class. -> uint8 (n, 3, size, size), int64 labels (n,).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(len(labels), *shape, generator=generator)
+
+    axis = (torch.arange(size) + 0.5) / size * 2 - 1
+    all_labels = torch.randint(len(SHAPES), (n,), generator=generator)
+    images = []
+    for labels in all_labels.split(2000):  # bounds the memory
+        x, y = axis - uniform(-0.5, 0.5, 1, 1), axis.view(-1, 1) - uniform(-0.5, 0.5, 1, 1)
+        radius, turn = uniform(0.4, 0.8, 1, 1), uniform(-0.16, 0.16, 1, 1)
+        u = (x * turn.cos() + y * turn.sin()) / radius
+        v = (y * turn.cos() - x * turn.sin()) / radius
+        distance = torch.empty_like(u)
+        for label, outline in enumerate(SHAPES.values()):
+            i = labels == label
+            distance[i] = outline(u[i], v[i])
+        inside = (0.5 - distance * radius * size / 2).clamp(0, 1).unsqueeze(1)  # soft edge
+        dark = uniform(0.1, 0.4, 1, 1, 1)
+        bright = dark + uniform(0.3, 0.5, 1, 1, 1)
+        dark, bright = (c + uniform(-0.03, 0.03, 3, 1, 1) for c in (dark, bright))
+        inside = torch.where(uniform(0, 1, 1, 1, 1) < 0.5, inside, 1 - inside)
+        image = torch.lerp(dark, bright, inside)
+        image += 0.04 * torch.randn(image.shape, generator=generator)
+        images.append((image * 255).clamp(0, 255).byte())
+    return torch.cat(images), all_labels
+
+
+class Failure(Exception):
+    """One sentence for the user: what is wrong and what to do; `main` prints it and exits."""
+
+
+class Folder(datasets.ImageFolder):
+    """Images in CLASS/ folders, of any size and mode.
+
+    Item: the centre as uint8 (3, size, size), or, with a crop `scale`, two random crops as uint8
+    (2, 3, size, size), which depend on the seed, the epoch and the index alone.
+    """
+
+    def __init__(self, root: Path, size: int, margin: float, scale=None, seed: int = 0):
+        try:
+            super().__init__(root, allow_empty=True)
+        except OSError as error:
+            raise Failure(f"{root} must hold a folder of images for each class: {error}") from None
+        if not self.samples:
+            raise Failure(
+                f"{root} holds no images in CLASS/ folders ({', '.join(self.extensions)})"
+            )
+        self.size, self.margin, self.seed, self.epoch = size, margin, seed, 0
+        bicubic = InterpolationMode.BICUBIC
+        self.crop = scale and v2.RandomResizedCrop(size, scale, interpolation=bicubic)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = read_image(self.samples[index][0])
+        if not self.crop:
+            # For a margin of 1/16 this is the usual "resize to 256, take the central 224".
+            square = ImageOps.fit(image, (self.size,) * 2, Image.Resampling.BICUBIC, self.margin)
+            return TF.pil_to_tensor(square)
+        torch.manual_seed(hash((self.seed, self.epoch, index)))
+        return torch.stack([TF.pil_to_tensor(self.crop(image)) for _ in range(2)])
+
+
+def read_image(path: str) -> Image.Image:
+    """The RGB image in a file. Raises Failure with the path if it cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white
+                image = image.point(lambda value: value / 256).convert("L")
+            return image.convert("RGB")
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise Failure(f"cannot read the image {path}: {error}") from None
+
+
+class Data(NamedTuple):
+    """Images are uint8 (n, 3, H, W) tensors, or data sets of files that yield uint8 (3, H, W)."""
+
+    classes: list[str]
+    unlabelled: Tensor | torch.utils.data.Dataset  # to train on; files yield (2, 3, H, W)
+    train: Tensor | torch.utils.data.Dataset  # the labelled ones that the judges learn from
+    train_y: Tensor  # int64
+    val: Tensor | torch.utils.data.Dataset
+    val_y: Tensor
+
+
+MAX_LABELS = 50_000  # for the judges during training: CIFAR-10's all, ImageNet's 50 for each class
+
+
+def load_data(args) -> Data:
+    """The images of args.data: "shapes", "cifar10" (below args.data_dir) or a folder.
+
+    Raises Failure if they are not there or not as expected.
+    """
+    size, cpu = args.size, torch.device("cpu")
+    if args.data == "shapes":
+        (train, train_y), (val, val_y) = shapes(20_000, 1, size), shapes(5_000, 2, size)
+        return Data(list(SHAPES), train, train[:1000], train_y[:1000], val, val_y)
+    if args.data == "cifar10":
+        try:
+            parts = [
+                datasets.CIFAR10(args.data_dir, train, download=True) for train in (True, False)
+            ]
+        except (OSError, RuntimeError) as error:
+            raise Failure(
+                f"cannot get CIFAR-10 ({error}): put cifar-10-python.tar.gz into {args.data_dir} "
+                "by hand, or use --data shapes, which needs no download"
+            ) from None
+        classes = parts[0].classes
+        (train, val) = (torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in parts)
+        (train_y, val_y) = (torch.tensor(part.targets) for part in parts)
+        return Data(classes, train, train, train_y, val, val_y)
+
+    for part in ("train", "val"):
+        if not Path(args.data, part).is_dir():
+            raise Failure(
+                f"--data {args.data} must be shapes, cifar10 or a folder with train/CLASS/* and "
+                f"val/CLASS/* in it; there is no folder {Path(args.data, part)}"
+            )
+    margin = 0 if args.in_memory else 1 / 16
+    train, val = (Folder(Path(args.data, part), size, margin) for part in ("train", "val"))
+    if unknown := set(val.classes) - set(train.classes):
+        raise Failure(
+            f"{val.root} has classes that {train.root} lacks: {', '.join(sorted(unknown))}"
+        )
+    classes, train_y = train.classes, torch.tensor(train.targets)
+    val_y = torch.tensor([train.class_to_idx[val.classes[target]] for target in val.targets])
+    # On disk they lie class by class, and the judges take the first so many.
+    mixed, mixed_val = (
+        torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:MAX_LABELS]
+        for y in (train_y, val_y)
+    )
+    if args.in_memory:
+        unlabelled, val = (
+            torch.cat(list(batches(x, torch.arange(len(x)).split(100), cpu, args.workers)))
+            for x in (train, val)
+        )
+        train, val = unlabelled[mixed], val[mixed_val]
+    else:
+        unlabelled = Folder(Path(train.root), size, margin, (args.crop_scale, 1.0), args.seed)
+        train, val = Subset(train, mixed.tolist()), Subset(val, mixed_val.tolist())
+    return Data(classes, unlabelled, train, train_y[mixed], val, val_y[mixed_val])
+
+
+def batches(images, order, device, workers: int):
+    """The images of each tensor of indices in `order`, uint8 (n, ..., 3, H, W), on the device."""
+    if isinstance(images, Tensor):
+        yield from (images[i].to(device) for i in order)
+    else:
+        loader = DataLoader(
+            images,
+            batch_sampler=[i.tolist() for i in order],
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+        )
+        yield from (batch.to(device, non_blocking=True) for batch in loader)
+
+
+# ----------------------------------------------------------------------------------- Processes
+
+
+def process_count() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_rank() -> int:
+    return dist.get_rank() if process_count() > 1 else 0
+
+
+def start_processes() -> torch.device:
+    """Joins the processes that torchrun started, if any; the device of this one."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise Failure(
+            f"process {local_rank} of this machine has no GPU: lower --nproc-per-node to "
+            f"{torch.cuda.device_count()}"
+        )
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return device
+
+
+def agree(code: int) -> int:
+    """The largest of the processes' numbers, on all of them."""
+    if process_count() > 1:
+        code = torch.tensor(code)
+        dist.all_reduce(code, dist.ReduceOp.MAX)
+    return int(code)
+
+
+def fail_together(error: Failure | None) -> None:
+    """Raises the error of any process on all of them, so that none waits for one that is gone."""
+    errors = [error] * process_count()
+    if process_count() > 1:
+        dist.all_gather_object(errors, error)
+    for error in filter(None, errors):
+        raise error
+
+
+def on_first(function, *args):
+    """Calls the function on process 0 alone; all of them get its result, or its error."""
+    result, error = [None], None
+    if process_rank() == 0:
+        try:
+            result = [function(*args)]
+        except Failure as failure:
+            error = failure
+    fail_together(error)
+    if process_count() > 1:
+        dist.broadcast_object_list(result, device=torch.device("cpu"))
+    return result[0]
+
+
+def say(text: str, in_place: bool = False) -> None:
+    """Prints a line from process 0; on a terminal, `in_place` lets the next one replace it."""
+    if process_rank() == 0:
+        if sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\033[K{text[:width] if in_place else text}", end="\n"[in_place:], flush=True)
+        else:
+            print(text, flush=True)
+
+
+# ---------------------------------------------------------------------------------- Evaluation
+
+
+@torch.no_grad()
+def extract_features(backbone: nn.Module, images, device, workers=0, most=None) -> Tensor:
+    """Representations (n, d) of the first `most` images in evaluation mode, on every process.
+
+    images: uint8 (n, 3, H, W) or a data set that yields uint8 (3, H, W). Each of the processes
+    computes its share.
+    """
+    n = min(len(images), most or len(images))
+    share = math.ceil(n / process_count())
+    own = (torch.arange(share) + share * process_rank()) % n  # equal shares, if need be some twice
+    training, features, error = backbone.training, [], None
+    backbone.eval()
+    try:
+        for batch in batches(images, own.split(500), device, workers):
+            x = normalize(batch).contiguous(memory_format=torch.channels_last)
+            features.append(backbone(x).float())
+    except Failure as failure:
+        error = failure
+    fail_together(error)
+    backbone.train(training)
+    return gather_batch(torch.cat(features))[:n]
+
+
+def knn_accuracy(train_x, train_y, test_x, test_y, k: int = 200, temperature: float = 0.1) -> float:
+    """Share of the test images whose class the k nearest training images vote for.
+
+    Votes weigh exp(cosine similarity / temperature) (Wu et al. 2018, arXiv 1805.01978).
+    train_x, test_x: features (N, d) and (M, d); train_y, test_y: classes (N,) and (M,).
+    """
+    train_x, test_x = F.normalize(train_x), F.normalize(test_x)
+    classes, correct = int(train_y.max()) + 1, 0
+    rows = max(1, 50_000_000 // len(train_x))  # bounds the memory of the similarities
+    for x, y in zip(test_x.split(rows), test_y.split(rows), strict=True):
+        similarity, nearest = (x @ train_x.T).topk(min(k, len(train_x)))
+        votes = x.new_zeros(len(x), classes)
+        votes.scatter_add_(1, train_y[nearest], (similarity / temperature).exp())
+        correct += int((votes.argmax(1) == y).sum())
+    return correct / len(test_y)
+
+
+def linear_accuracy(train_x, train_y, test_x, test_y) -> float:
+    """Share of the test images that a linear classifier of their features gets right.
+
+    Logistic regression on standardized features by L-BFGS. Its L2 penalty is the best of six on a
+    fifth of the training images that is held out for the purpose.
+    train_x, test_x: features (N, d) and (M, d); train_y, test_y: classes (N,) and (M,).
+    """
+    mean, std = train_x.mean(0), train_x.std(0)
+    std = torch.where(std > 1e-6, std, 1.0)
+    weight = train_x.new_zeros(int(train_y.max()) + 1, train_x.shape[1], requires_grad=True)
+    bias = train_x.new_zeros(len(weight), requires_grad=True)
+
+    def logits(x):  # standardizes the weights rather than the features, which may be many
+        return F.linear(x, weight / std, bias - weight @ (mean / std))
+
+    def fit(share, penalty):
+        """Minimizes the mean cross-entropy over the images with share 1."""
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            loss = penalty / 2 * weight.square().sum()
+            loss.backward()
+            rows = max(1, 50_000_000 // len(weight))  # bounds the memory of the logits
+            for x, y, w in zip(*(t.split(rows) for t in (train_x, train_y, share)), strict=True):
+                part = F.cross_entropy(logits(x), y, reduction="none") @ w / share.sum()
+                part.backward()
+                loss = loss + part
+            return loss.detach()
+
+        optimizer.step(closure)
+
+    @torch.no_grad()
+    def accuracy(x, y):
+        return float((logits(x).argmax(1) == y).float().mean())
+
+    draw = torch.rand(len(train_x), generator=torch.Generator().manual_seed(0))
+    held_out = (draw < 0.2).to(train_x.device)
+    best = (-1.0, 0.0)
+    for penalty in (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5):  # each fit starts where the last one ended
+        fit((~held_out).float(), penalty)
+        score = accuracy(train_x[held_out], train_y[held_out])
+        if score < best[0]:
+            break
+        best = (score, penalty)
+    fit(torch.ones_like(draw, device=train_x.device), best[1])
+    return accuracy(test_x, test_y)
+
+
+def effective_rank(x: Tensor) -> float:
+    """How many dimensions the features (N, d) fill: RankMe (Garrido et al. 2023, 2210.02885)."""
+    x = x.double()
+    singular_values = torch.linalg.eigvalsh(x.T @ x).clamp(min=0).sqrt()
+    p = singular_values / singular_values.sum() + 1e-7
+    return float((-p * p.log()).sum().exp())
+
+
+def judge_knn(train_x, train_y, val_x, val_y) -> float:
+    """kNN accuracy with k = 200, or a fiftieth of the labels if that is less."""
+    return knn_accuracy(train_x, train_y, val_x, val_y, max(1, min(200, len(train_x) // 50)))
+
+
+def judge(*features: Tensor) -> dict:
+    """Both accuracies of training features and labels, validation features and labels."""
+    return {"knn": judge_knn(*features), "linear": linear_accuracy(*features)}
+
+
+# ------------------------------------------------------------------------------------ Training
+
+OPTIMIZERS = {"lars": LARS, "adamw": torch.optim.AdamW}
+
+
+def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
+    """Weights first, then vectors (biases, BatchNorm), which get no decay."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": args.weight_decay}, {"params": vectors}]
+    return OPTIMIZERS[args.optimizer](groups, lr=0.0, weight_decay=0.0)
+
+
+def training_step(model, optimizer, view_a: Tensor, view_b: Tensor, args) -> Tensor:
+    """One step on this process's views (n, 3, H, W). -> the two terms of the loss, (2,)."""
+    with torch.autocast(view_a.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        z_a, z_b = model(view_a), model(view_b)
+    z_a, z_b = gather_batch(z_a.float()), gather_batch(z_b.float())
+    invariance, off_diagonal = loss_terms(z_a, z_b, args.redundancy)
+    optimizer.zero_grad()
+    (invariance + args.lambd * off_diagonal).backward()
+    optimizer.step()
+    return torch.stack([invariance, off_diagonal]).detach()
+
+
+def save_whole(state: dict, path: Path) -> None:
+    """Writes beside the old file and renames, so that at any moment there is a whole one."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        raise Failure(f"cannot write {path} ({error}); what was there before is whole") from None
+
+
+def load_checkpoint(path: Path, settings: dict) -> dict | None:
+    """What `train` saved, or None if there is nothing. Raises Failure if it is of no use."""
+    if not path.exists():
+        return None
+    unharmed = "it was not overwritten: move it away or name another folder with --out"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged files make torch suspect this and that
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        differ = [key for key in settings if state["settings"][key] != settings[key]]
+    except Exception:  # damaged, foreign and malicious files raise many kinds
+        raise Failure(f"{path} is damaged or no checkpoint of this program; {unharmed}") from None
+    for key in differ:
+        before = state["settings"][key]
+        raise Failure(f"{path} was trained with {key} {before}, not {settings[key]}; {unharmed}")
+    return state
+
+
+@contextmanager
+def signals_caught():
+    """A list to which SIGINT and SIGTERM are appended instead of taking effect at once."""
+    caught, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda n, frame: caught.append(n)) for number in numbers]
+    try:
+        yield caught
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+
+
+# What a run must share with the checkpoint that it continues, beside its data; the rest may change.
+FIXED = "recipe", "size", "arch", "projector", "optimizer", "weight_decay", "batch_size", "seed"
+REPORT, BROKEN = 1, 99  # words that processes pass to each other, beside the numbers of signals
+
+
+def train(args, device: torch.device) -> dict:
+    """Trains, judges and writes to the folder args.out; returns the result that it logs last.
+
+    Raises Failure for whatever keeps it from going on, and SystemExit after SIGINT or SIGTERM.
+    """
+    began, rank, world, out = time.monotonic(), process_rank(), process_count(), Path(args.out)
+
+    def log(event: str, **values) -> None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps({"event": event, **values}) + "\n")
+        except OSError as error:
+            raise Failure(f"cannot write to the folder {out} ({error}): see --out") from None
+
+    data = on_first(load_data, args)
+    n, in_memory = len(data.unlabelled), isinstance(data.unlabelled, Tensor)
+    if args.batch_size % world or not 2 * world <= args.batch_size <= n:
+        raise Failure(
+            f"the batch size, {args.batch_size}, must be a multiple of the number of processes "
+            f"({world}), at least 2 for each, and at most the number of images ({n})"
+        )
+    if in_memory:  # small: all of it lives on the device
+        data = Data(data.classes, *(x.to(device) for x in data[1:]))
+    say(
+        f"{args.data}: {n:,} images to train on, {len(data.train_y):,} labels to judge with, "
+        f"{len(data.val_y):,} validation images, {len(data.classes)} classes"
+    )
+
+    torch.manual_seed(args.seed)
+    model = BarlowTwins(args.arch, args.projector, args.small_images)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, args)
+    scale = (args.crop_scale, 1.0) if in_memory else None
+    augment_a, augment_b = (
+        Augment(args.size, scale, *odds) for odds in zip(args.blur, args.solarize, strict=True)
+    )
+    say(
+        f"{args.arch}, projector {args.projector}, {world} process{'es' * (world > 1)} on "
+        f"{device.type}, {args.precision}; all of it goes to {out}"
+    )
+
+    def features(network: nn.Module, most: int | None = None) -> tuple[Tensor, ...]:
+        """Of training images and their labels, of validation images and theirs."""
+        x, val_x = (
+            extract_features(network, images, device, args.workers, most)
+            for images in (data.train, data.val)
+        )
+        return x, data.train_y[: len(x)].to(device), val_x, data.val_y[: len(val_x)].to(device)
+
+    name = Path(args.data).resolve().name
+    settings = {"data": name, "images": n} | {key: getattr(args, key) for key in FIXED}
+    state = on_first(load_checkpoint, out / "checkpoint.pt", settings)
+    on_first(partial(log, "config", **vars(args), processes=world, torch=torch.__version__))
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        say(f"going on after {state['epoch']} epochs and {state['step']} steps")
+    else:
+        say("first the baselines: raw pixels and the untrained backbone")
+        state = {"settings": settings, "epoch": 0, "step": 0, "seconds": 0.0, "busy": 0.0}
+        pixels = nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())
+        state["pixels"] = on_first(judge, *features(pixels))
+        state["untrained"] = on_first(judge, *features(model.backbone))
+
+    if world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif world > 1:
+        say("on CPUs BatchNorm sees each process's own images only (on GPUs it is synchronized)")
+    if args.compile:
+        model.compile()
+    net = model
+    if world > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 renames broadcast_buffers
+            net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+    first, steps, share = state["step"], n // args.batch_size, args.batch_size // world
+    total, warmup = args.epochs * steps, round(min(10, args.epochs / 10) * steps)
+    peaks = [lr * args.batch_size / 256 for lr in (args.lr_weights, args.lr_biases)]
+    sampler = DistributedSampler(range(n), world, rank, seed=args.seed, drop_last=True)
+    terms = state.get("terms", torch.zeros(steps, 2)).to(device)  # of the loss, step by step
+
+    def check(epoch: int, step: int) -> None:
+        bad = ~terms[: step + 1].isfinite().all(1)
+        if bad.any() or not sum(p.detach().norm() for p in model.parameters()).isfinite():
+            step = int(bad.int().argmax()) if bad.any() else step
+            raise Failure(
+                f"the loss is not finite in epoch {epoch + 1}, step {step + 1}: lower --lr-weights "
+                f"({args.lr_weights}) and --lr-biases ({args.lr_biases}), and the same command "
+                f"goes on from the last good checkpoint in {out}, if there is one"
+            )
+
+    def save(epoch: int, step: int) -> None:
+        for buffer in model.buffers():  # BatchNorm's statistics differ between processes on CPUs
+            if world > 1 and buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= world
+        state.update(epoch=epoch, step=step, terms=terms.cpu())
+        state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
+        seconds = state["seconds"] + time.monotonic() - began
+        on_first(save_whole, state | {"seconds": seconds}, out / "checkpoint.pt")
+
+    for epoch in range(state["epoch"], args.epochs):
+        # The order depends on the seed and the epoch, however many processes share it.
+        sampler.set_epoch(epoch)
+        order = torch.tensor(list(sampler))[: steps * share].view(steps, share)[first:]
+        if in_memory:
+            order = order.to(device)
+        else:
+            data.unlabelled.epoch = epoch
+        loader = batches(data.unlabelled, order, device, args.workers)
+        reported, since = first, time.monotonic()
+        with signals_caught() as caught:
+            for step in range(first, steps):
+                word, error = caught[0] if caught else 0, None
+                if step == steps - 1 or time.monotonic() > since + 3:
+                    word = max(word, REPORT)
+                try:
+                    images = next(loader)
+                except Failure as failure:
+                    word, error = BROKEN, failure
+                word = agree(word)
+                if word == BROKEN:
+                    fail_together(error)
+
+                # Drawn anew from where we are, randomness leaves nothing to be saved.
+                torch.manual_seed(hash((args.seed, epoch, step, rank)))
+                now = epoch * steps + step
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * learning_rate(now, total, warmup)
+                views = two_views(images, augment_a, augment_b)
+                terms[step] = training_step(net, optimizer, *views, args)
+
+                if word:
+                    check(epoch, step)
+                    invariance, redundancy = terms[reported : step + 1].mean(0).tolist()
+                    loss = invariance + args.lambd * redundancy
+                    seconds, rate = time.monotonic() - since, group["lr"]
+                    speed = (step + 1 - reported) * args.batch_size / seconds
+                    left = timedelta(seconds=int((total - now - 1) * args.batch_size / speed))
+                    say(
+                        f"epoch {epoch + 1}/{args.epochs}, step {step + 1}/{steps}: "
+                        f"loss {loss:.2f} = {invariance:.2f} + {args.lambd} * {redundancy:.0f}, "
+                        f"rate {rate:.2g}, {speed:.0f} images/s, {left} left",
+                        in_place=True,
+                    )
+                    line = dict(epoch=epoch + 1, step=step + 1, loss=loss, invariance=invariance)
+                    line |= dict(redundancy=redundancy, lr=rate, images_per_second=speed)
+                    on_first(partial(log, "train", **line))
+                    state["busy"] += seconds
+                    reported, since = step + 1, time.monotonic()
+                if word > REPORT:
+                    save(epoch, step + 1)
+                    say("stopped; the same command goes on from here")
+                    raise SystemExit(130 if word == signal.SIGINT else 0)
+            first = 0
+            save(epoch + 1, 0)
+        if stop := agree(caught[0] if caught else 0):
+            raise SystemExit(130 if stop == signal.SIGINT else 0)
+        if (epoch + 1) % math.ceil(args.epochs / 100) == 0 and epoch + 1 < args.epochs:
+            x, y, val_x, val_y = features(model.backbone, 5000)
+            knn, dimensions = on_first(judge_knn, x, y, val_x, val_y), effective_rank(val_x)
+            on_first(partial(log, "eval", epoch=epoch + 1, knn=knn, effective_rank=dimensions))
+            say(f"after epoch {epoch + 1}: loss {loss:.2f}, kNN {knn:.3f} with {len(x):,} labels")
+
+    say("last the trained backbone")
+    weights = {key: value.cpu() for key, value in model.backbone.state_dict().items()}
+    on_first(save_whole, weights, out / "backbone.pt")
+    x, y, val_x, val_y = features(model.backbone)
+    judged = {"pixels": state["pixels"], "untrained": state["untrained"]}
+    trained = on_first(judge, x, y, val_x, val_y)
+    result = {
+        "data": args.data,
+        "epochs": args.epochs,
+        "seconds": state["seconds"] + time.monotonic() - began,
+        "images_per_second": state["epoch"] * steps * args.batch_size / state["busy"],
+        "loss": float(terms.mean(0) @ torch.tensor([1.0, args.lambd], device=device)),
+        **trained,
+        **{f"{key}_{name}": score for name in judged for key, score in judged[name].items()},
+        "effective_rank": effective_rank(val_x),
+    }
+    on_first(partial(log, "result", **result))
+    say(f"{len(y):,} labels, {len(val_y):,} validation images   linear probe     kNN")
+    for name, scores in (judged | {"trained": trained}).items():
+        say(f"{name:>40}   {scores['linear']:12.3f}   {scores['knn']:.3f}")
+    return result
+
+
+# -------------------------------------------------------------------------------- Command line
+
+RECIPES = {
+    "shapes": dict(
+        size=32, crop_scale=0.4, blur=(0.0, 0.0), solarize=(0.0, 0.2), in_memory=True,
+        arch="small", small_images=True, projector="512-512-512", lambd=0.0051,
+        epochs=9, batch_size=128, optimizer="adamw",
+        lr_weights=8e-3, lr_biases=8e-3, weight_decay=0.0,
+    ),
+    "quick": dict(
+        size=32, crop_scale=0.2, blur=(0.0, 0.0), solarize=(0.0, 0.2), in_memory=True,
+        arch="small", small_images=True, projector="512-512-512", lambd=0.0051,
+        epochs=6, batch_size=128, optimizer="adamw",
+        lr_weights=4e-3, lr_biases=4e-3, weight_decay=0.0,
+    ),
+    "cifar10": dict(
+        size=32, crop_scale=0.2, blur=(0.0, 0.0), solarize=(0.0, 0.2), in_memory=True,
+        arch="resnet18", small_images=True, projector="2048-2048-2048", lambd=0.0051,
+        epochs=200, batch_size=256, optimizer="adamw",
+        lr_weights=2e-3, lr_biases=2e-3, weight_decay=1e-4,
+    ),
+    "imagenet": dict(
+        size=224, crop_scale=0.08, blur=(1.0, 0.1), solarize=(0.0, 0.2), in_memory=False,
+        arch="resnet50", small_images=False, projector="8192-8192-8192", lambd=0.0051,
+        epochs=1000, batch_size=2048, optimizer="lars",
+        lr_weights=0.2, lr_biases=0.0048, weight_decay=1.5e-6,
+    ),
+}  # fmt: skip
+
+
+def number(kind: type, low: float, high: float = math.inf):
+    """A type for argparse: a finite number within these bounds."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or math.isinf(value):
+            bounds = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+            whole = "whole " * (kind is int)
+            raise argparse.ArgumentTypeError(f"must be a {whole}number {bounds}, not {text!r}")
+        return value
+
+    return parse
+
+
+def widths(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d{0,5}(-[1-9]\d{0,5})*", text):
+        raise argparse.ArgumentTypeError(f"must be widths like 512-512-512, not {text!r}")
+    return text
+
+
+positive, probability, pair = number(float, 1e-12), number(float, 0, 1), ("A", "B")
+FLAGS = {  # the recipe's values are the defaults of those that it names
+    "--data": dict(
+        default="shapes", help="shapes, cifar10, or a folder with train/CLASS/*, val/CLASS/*"
+    ),
+    "--recipe": dict(choices=RECIPES, help="default: shapes, cifar10, or imagenet for a folder"),
+    "--data-dir": dict(default="data", help="where CIFAR-10 is, or is downloaded to"),
+    "--out": dict(help="folder for the log, checkpoint and backbone (default: runs/NAME)"),
+    "--arch": dict(
+        choices=["small", *RESNETS], metavar="ARCH", help="small or a torchvision ResNet"
+    ),
+    "--projector": dict(type=widths, help="widths of its layers, like 8192-8192-8192"),
+    "--epochs": dict(type=number(int, 1)),
+    "--batch-size": dict(type=number(int, 2), help="of all processes together"),
+    "--optimizer": dict(choices=OPTIMIZERS),
+    "--lr-weights": dict(type=positive, help="peak learning rate for 256 images"),
+    "--lr-biases": dict(type=positive, help="the same for biases and BatchNorm"),
+    "--weight-decay": dict(type=number(float, 0)),
+    "--lambd": dict(type=number(float, 0), help="weight of the redundancy term"),
+    "--redundancy": dict(choices=["cross", "auto"], default="cross", help="what its sum runs over"),
+    "--size": dict(type=number(int, 8, 1024), help="side of a view in pixels"),
+    "--crop-scale": dict(type=number(float, 1e-6, 1), help="smallest share of an image in a view"),
+    "--blur": dict(type=probability, nargs=2, metavar=pair, help="probability in either view"),
+    "--solarize": dict(type=probability, nargs=2, metavar=pair, help="probability in either view"),
+    "--workers": dict(type=number(int, 0, 1024), default=os.cpu_count(), help="to read files"),
+    "--seed": dict(type=number(int, 0, 2**31), default=0),
+    "--compile": dict(action="store_true", help="torch.compile the network"),
+    "--precision": dict(choices=["fp32", "bf16"], help="default: bf16 on GPUs that have it"),
+}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, completed by the recipe. Bad ones exit with 2."""
+    parser = argparse.ArgumentParser(
+        description="Barlow Twins: self-supervised learning by redundancy reduction.",
+        epilog="The same command again goes on from the last checkpoint in --out.",
+    )
+    parser.error = refuse
+    for flag, options in FLAGS.items():
+        parser.add_argument(flag, **options)
+    args = parser.parse_args(argv)
+    name, default = Path(args.data).resolve().name, "imagenet"
+    if args.data in ("shapes", "cifar10"):
+        default = args.data
+    args.recipe = args.recipe or default
+    args.out = args.out or f"runs/{name}" + f"-{args.recipe}" * (args.recipe != default)
+    for key, value in RECIPES[args.recipe].items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    args.precision = args.precision or ("bf16" if bf16 else "fp32")
+    return args
+
+
+def refuse(message: str, code: int = 2) -> None:
+    """Says what is wrong, once for all processes, and exits."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"barlow_twins.py: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # see also signals_caught
+    try:
+        train(args, start_processes())
+    except Failure as failure:
+        # From a DataLoader's worker it comes wrapped in the worker's traceback.
+        refuse(str(failure).rsplit("Failure: ")[-1].strip(), code=1)
+    except KeyboardInterrupt:
+        refuse("interrupted; the same command goes on from the last checkpoint", code=130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
