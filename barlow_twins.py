@@ -29,8 +29,9 @@ import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 from torchvision import datasets, models
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import save_image
 
 # ---------------------------------------------------------------------------------------- Loss
 
@@ -561,8 +563,9 @@ def load_data(args) -> Data:
     classes, train_y = train.classes, torch.tensor(train.targets)
     val_y = torch.tensor([train.class_to_idx[val.classes[target]] for target in val.targets])
     # On disk they lie class by class, and the judges take the first so many.
+    most = len(train_y) if args.evaluate else MAX_LABELS
     mixed, mixed_val = (
-        torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:MAX_LABELS]
+        torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:most]
         for y in (train_y, val_y)
     )
     if args.in_memory:
@@ -673,60 +676,73 @@ def extract_features(backbone: nn.Module, images, device, workers=0, most=None) 
     n = min(len(images), most or len(images))
     share = math.ceil(n / process_count())
     own = (torch.arange(share) + share * process_rank()) % n  # equal shares, if need be some twice
-    training, features, error = backbone.training, [], None
+    training, features, error = backbone.training, None, None
     backbone.eval()
     try:
-        for batch in batches(images, own.split(500), device, workers):
-            x = normalize(batch).contiguous(memory_format=torch.channels_last)
-            features.append(backbone(x).float())
+        for i, batch in zip(
+            own.split(500), batches(images, own.split(500), device, workers), strict=True
+        ):
+            x = backbone(normalize(batch).contiguous(memory_format=torch.channels_last))
+            features = x.new_empty(share, x.shape[1]) if features is None else features
+            features[i - own[0]] = x
     except Failure as failure:
         error = failure
     fail_together(error)
     backbone.train(training)
-    return gather_batch(torch.cat(features))[:n]
+    return gather_batch(features)[:n]
+
+
+def accuracy(scores: Tensor, y: Tensor, top: int = 1) -> float:
+    """Share of the rows of (M, classes) with the class y (M,) among the highest `top`."""
+    return float((scores.topk(top).indices == y[:, None]).any(1).float().mean())
+
+
+def knn_votes(train_x, train_y, test_x, k: int = 200, temperature: float = 0.1) -> Tensor:
+    """Votes (M, classes) of the k nearest training images, by exp(cosine similarity / temperature).
+
+    (Wu et al. 2018, arXiv 1805.01978.) Features (N, d) with classes (N,), and features (M, d).
+    """
+    norm = train_x.norm(dim=1).clamp(min=1e-12)
+    votes = test_x.new_zeros(len(test_x), int(train_y.max()) + 1)
+    rows = max(1, 50_000_000 // len(train_x))  # bounds the memory of the similarities
+    for x, votes_of_x in zip(test_x.split(rows), votes.split(rows), strict=True):
+        similarity = F.normalize(x) @ train_x.T / norm
+        similarity, nearest = similarity.topk(min(k, len(train_x)))
+        votes_of_x.scatter_add_(1, train_y[nearest], (similarity / temperature).exp())
+    return votes
 
 
 def knn_accuracy(train_x, train_y, test_x, test_y, k: int = 200, temperature: float = 0.1) -> float:
-    """Share of the test images whose class the k nearest training images vote for.
-
-    Votes weigh exp(cosine similarity / temperature) (Wu et al. 2018, arXiv 1805.01978).
-    train_x, test_x: features (N, d) and (M, d); train_y, test_y: classes (N,) and (M,).
-    """
-    train_x, test_x = F.normalize(train_x), F.normalize(test_x)
-    classes, correct = int(train_y.max()) + 1, 0
-    rows = max(1, 50_000_000 // len(train_x))  # bounds the memory of the similarities
-    for x, y in zip(test_x.split(rows), test_y.split(rows), strict=True):
-        similarity, nearest = (x @ train_x.T).topk(min(k, len(train_x)))
-        votes = x.new_zeros(len(x), classes)
-        votes.scatter_add_(1, train_y[nearest], (similarity / temperature).exp())
-        correct += int((votes.argmax(1) == y).sum())
-    return correct / len(test_y)
+    """Share of the test images (M, d) whose class (M,) gets most of the `knn_votes`."""
+    return accuracy(knn_votes(train_x, train_y, test_x, k, temperature), test_y)
 
 
-def linear_accuracy(train_x, train_y, test_x, test_y) -> float:
-    """Share of the test images that a linear classifier of their features gets right.
+def linear_logits(train_x, train_y, test_x) -> Tensor:
+    """Logits (M, classes) of a linear classifier of features: the linear probe.
 
-    Logistic regression on standardized features by L-BFGS. Its L2 penalty is the best of six on a
-    fifth of the training images that is held out for the purpose.
-    train_x, test_x: features (N, d) and (M, d); train_y, test_y: classes (N,) and (M,).
+    Logistic regression on standardized features by L-BFGS. The L2 penalty is the best of six on a
+    fifth of the training images that is held out for the purpose. Features (N, d) with classes
+    (N,), and features (M, d).
     """
     mean, std = train_x.mean(0), train_x.std(0)
     std = torch.where(std > 1e-6, std, 1.0)
     weight = train_x.new_zeros(int(train_y.max()) + 1, train_x.shape[1], requires_grad=True)
     bias = train_x.new_zeros(len(weight), requires_grad=True)
+    rows = max(1, 50_000_000 // len(weight))  # bounds the memory of the logits
 
     def logits(x):  # standardizes the weights rather than the features, which may be many
         return F.linear(x, weight / std, bias - weight @ (mean / std))
 
     def fit(share, penalty):
-        """Minimizes the mean cross-entropy over the images with share 1."""
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+        """Minimizes the mean cross-entropy over the images whose share is 1, not 0."""
+        optimizer = torch.optim.LBFGS(
+            [weight, bias], max_iter=100, tolerance_change=1e-5, line_search_fn="strong_wolfe"
+        )
 
         def closure():
             optimizer.zero_grad()
             loss = penalty / 2 * weight.square().sum()
             loss.backward()
-            rows = max(1, 50_000_000 // len(weight))  # bounds the memory of the logits
             for x, y, w in zip(*(t.split(rows) for t in (train_x, train_y, share)), strict=True):
                 part = F.cross_entropy(logits(x), y, reduction="none") @ w / share.sum()
                 part.backward()
@@ -735,21 +751,22 @@ def linear_accuracy(train_x, train_y, test_x, test_y) -> float:
 
         optimizer.step(closure)
 
-    @torch.no_grad()
-    def accuracy(x, y):
-        return float((logits(x).argmax(1) == y).float().mean())
-
-    draw = torch.rand(len(train_x), generator=torch.Generator().manual_seed(0))
-    held_out = (draw < 0.2).to(train_x.device)
-    best = (-1.0, 0.0)
+    draw = torch.rand(len(train_x), generator=torch.Generator().manual_seed(0)).to(train_x.device)
+    held_out, best = draw < 0.2, (-1.0, 0.0)
     for penalty in (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5):  # each fit starts where the last one ended
         fit((~held_out).float(), penalty)
-        score = accuracy(train_x[held_out], train_y[held_out])
+        with torch.no_grad():
+            score = accuracy(logits(train_x[held_out]), train_y[held_out])
         if score < best[0]:
             break
         best = (score, penalty)
-    fit(torch.ones_like(draw, device=train_x.device), best[1])
-    return accuracy(test_x, test_y)
+    fit(torch.ones_like(draw), best[1])
+    return logits(test_x).detach()
+
+
+def linear_accuracy(train_x, train_y, test_x, test_y) -> float:
+    """Share of the test images (M, d) whose class (M,) has the highest of the `linear_logits`."""
+    return accuracy(linear_logits(train_x, train_y, test_x), test_y)
 
 
 def effective_rank(x: Tensor) -> float:
@@ -760,19 +777,106 @@ def effective_rank(x: Tensor) -> float:
     return float((-p * p.log()).sum().exp())
 
 
+def collapse(x: Tensor) -> str:
+    """A warning if the features (N, d) fill few dimensions or many units are dead; else ""."""
+    rank, dead = effective_rank(x), float((x.std(0) < 1e-4).float().mean())
+    if rank >= 5 and dead <= 0.5:
+        return ""
+    return (
+        f"warning: the representation is collapsing: it fills {rank:.1f} of {x.shape[1]} "
+        f"dimensions and {dead:.0%} of its units are dead; try lower --lr-weights, larger --lambd "
+        "or a larger --batch-size"
+    )
+
+
 def judge_knn(train_x, train_y, val_x, val_y) -> float:
     """kNN accuracy with k = 200, or a fiftieth of the labels if that is less."""
     return knn_accuracy(train_x, train_y, val_x, val_y, max(1, min(200, len(train_x) // 50)))
 
 
 def judge(*features: Tensor) -> dict:
-    """Both accuracies of training features and labels, validation features and labels."""
+    """Both accuracies, of training features and labels, validation features and labels."""
     return {"knn": judge_knn(*features), "linear": linear_accuracy(*features)}
+
+
+# ------------------------------------------------------------------------------------ Pictures
+
+
+def save_grid(path: Path, images: list[Tensor], columns: int) -> None:
+    """Writes float images (3, H, W) in [0, 1] as a PNG with so many columns."""
+    grid = F.interpolate(torch.stack(images), scale_factor=max(1, 64 // images[0].shape[-1]))
+    try:
+        save_image(grid, path, nrow=columns)
+    except OSError as error:
+        raise Failure(f"cannot write {path} ({error})") from None
+
+
+def draw_views(path: Path, data: Data, augments: tuple[Augment, Augment]) -> None:
+    """Eight images, each at the left of four draws of T and four of T'."""
+    count = min(8, len(data.train))
+    originals = torch.stack([data.train[i] for i in range(count)])
+    columns, size = [], augments[0].size
+    for draw in range(4):
+        images = originals
+        if not isinstance(data.train, Tensor):
+            data.unlabelled.epoch = draw
+            images = torch.stack([data.unlabelled[i] for i in data.train.indices[:count]])
+        columns += two_views(images, *augments)
+    mean, std = (
+        torch.tensor(value, device=originals.device).view(3, 1, 1) for value in (MEAN, STD)
+    )
+    columns = [view * std + mean for view in columns[::2] + columns[1::2]]
+    rows = torch.stack([TF.resize(originals, [size, size]) / 255, *columns], dim=1)
+    save_grid(path, list(rows.flatten(0, 1)), columns=9)
+
+
+def shrink(c: Tensor) -> Tensor:
+    """(D, D) -> at most (256, 256) by averaging, the diagonal by itself lest it fade."""
+    side, diagonal = min(256, len(c)), c.diagonal()
+    blocks = F.adaptive_avg_pool2d((c - torch.diag(diagonal))[None], side)[0]
+    return blocks + torch.diag(F.adaptive_avg_pool1d(diagonal[None], side)[0])
+
+
+def draw_correlation(path: Path, before: Tensor, now: Tensor) -> None:
+    """C (D, D) before training and now: blue is -1, white 0, red 1."""
+    pictures = [[1 - (-c).relu(), 1 - c.abs(), 1 - c.relu()] for c in (before, now)]
+    save_grid(path, [torch.stack(rgb).clamp(0, 1) for rgb in pictures], columns=2)
+
+
+def nearest(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor) -> Tensor:
+    """Of 10 validation images the 5 nearest training images: indices (10, 5)."""
+    return (F.normalize(val_x[:10]) @ F.normalize(x).T).topk(min(5, len(x))).indices.cpu()
+
+
+def draw_neighbours(path: Path, data: Data, untrained: Tensor, trained: Tensor) -> None:
+    """Validation images between their nearest training images for either backbone.
+
+    The frame of a neighbour is green if it is of the same class, and red if not.
+    """
+    cells = []
+
+    def add(image: Tensor, colour: tuple[float, float, float]) -> None:
+        side = image.shape[-1]
+        cell = torch.tensor(colour).view(3, 1, 1).repeat(1, side + 4, side + 4)
+        cell[:, 2:-2, 2:-2] = image.cpu() / 255
+        cells.append(cell)
+
+    for i, (left, right) in enumerate(zip(untrained.tolist(), trained.tolist(), strict=True)):
+        for j in [*left, None, *right]:
+            if j is None:
+                add(data.val[i], (1.0, 1.0, 1.0))
+            else:
+                same = data.train_y[j] == data.val_y[i]
+                add(data.train[j], (0.1, 0.7, 0.1) if same else (0.9, 0.1, 0.1))
+    save_grid(path, cells, columns=2 * untrained.shape[1] + 1)
 
 
 # ------------------------------------------------------------------------------------ Training
 
 OPTIMIZERS = {"lars": LARS, "adamw": torch.optim.AdamW}
+# What a run shares with the checkpoint that it continues, beside its data; all else may change.
+FIXED = "recipe", "size", "arch", "projector", "optimizer", "weight_decay", "batch_size", "seed"
+REPORT, BROKEN = 1, 99  # words that processes pass to each other, beside the numbers of signals
 
 
 def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
@@ -783,15 +887,44 @@ def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     return OPTIMIZERS[args.optimizer](groups, lr=0.0, weight_decay=0.0)
 
 
-def training_step(model, optimizer, view_a: Tensor, view_b: Tensor, args) -> Tensor:
-    """One step on this process's views (n, 3, H, W). -> the two terms of the loss, (2,)."""
-    with torch.autocast(view_a.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-        z_a, z_b = model(view_a), model(view_b)
+def make_augments(args, in_memory: bool) -> tuple[Augment, Augment]:
+    """T and T'. Files come as random crops already."""
+    scale = (args.crop_scale, 1.0) if in_memory else None
+    odds = zip(args.blur, args.solarize, strict=True)
+    return tuple(Augment(args.size, scale, blur, solarize) for blur, solarize in odds)
+
+
+def distribute(model: nn.Module, args, device: torch.device) -> nn.Module:
+    """The model as the processes train it together; its parameters stay where they are."""
+    if process_count() > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif process_count() > 1:
+        say("on CPUs BatchNorm sees each process's own images only (on GPUs it is synchronized)")
+    if args.compile:
+        model.compile()
+    if process_count() == 1:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 renames broadcast_buffers
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def training_step(model, optimizer, views, args, terms=loss_terms, mark=str) -> Tensor:
+    """One step on two views (n, 3, H, W) of this process's images. -> the loss's two terms, (2,).
+
+    `mark` is called with the name of each part of the step when it is done.
+    """
+    with torch.autocast(views[0].device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        z_a, z_b = (model(view) for view in views)
+    mark("forward")
     z_a, z_b = gather_batch(z_a.float()), gather_batch(z_b.float())
-    invariance, off_diagonal = loss_terms(z_a, z_b, args.redundancy)
+    invariance, off_diagonal = terms(z_a, z_b, args.redundancy)
+    mark("loss")
     optimizer.zero_grad()
     (invariance + args.lambd * off_diagonal).backward()
+    mark("backward")
     optimizer.step()
+    mark("optimizer")
     return torch.stack([invariance, off_diagonal]).detach()
 
 
@@ -808,21 +941,33 @@ def save_whole(state: dict, path: Path) -> None:
         raise Failure(f"cannot write {path} ({error}); what was there before is whole") from None
 
 
+def load_weights(path: Path) -> dict:
+    """The dict in a file of torch.save; code in it is not run. Raises Failure if there is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged files make torch suspect this and that
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except OSError as error:
+        raise Failure(f"cannot read {path} ({error})") from None
+    except Exception:  # damaged files raise many kinds
+        raise Failure(f"{path} is damaged or holds no weights") from None
+
+
 def load_checkpoint(path: Path, settings: dict) -> dict | None:
     """What `train` saved, or None if there is nothing. Raises Failure if it is of no use."""
     if not path.exists():
         return None
     unharmed = "it was not overwritten: move it away or name another folder with --out"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged files make torch suspect this and that
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        differ = [key for key in settings if state["settings"][key] != settings[key]]
-    except Exception:  # damaged, foreign and malicious files raise many kinds
-        raise Failure(f"{path} is damaged or no checkpoint of this program; {unharmed}") from None
-    for key in differ:
-        before = state["settings"][key]
-        raise Failure(f"{path} was trained with {key} {before}, not {settings[key]}; {unharmed}")
+        state = load_weights(path)
+    except Failure as failure:
+        raise Failure(f"{failure}; {unharmed}") from None
+    before = state.get("settings", {})
+    for key, value in settings.items():
+        if key not in before:
+            raise Failure(f"{path} is no checkpoint of this program; {unharmed}")
+        if before[key] != value:
+            raise Failure(f"{path} was trained with {key} {before[key]}, not {value}; {unharmed}")
     return state
 
 
@@ -838,9 +983,25 @@ def signals_caught():
             signal.signal(number, handler)
 
 
-# What a run must share with the checkpoint that it continues, beside its data; the rest may change.
-FIXED = "recipe", "size", "arch", "projector", "optimizer", "weight_decay", "batch_size", "seed"
-REPORT, BROKEN = 1, 99  # words that processes pass to each other, beside the numbers of signals
+def log(out: Path, event: str, values: dict) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "log.jsonl", "a") as file:
+            file.write(json.dumps({"event": event, **values}) + "\n")
+    except OSError as error:
+        raise Failure(f"cannot write to the folder {out} ({error}): see --out") from None
+
+
+def open_data(args, device: torch.device) -> Data:
+    """The data, read by process 0; small images move to the device."""
+    data = on_first(load_data, args)
+    if isinstance(data.unlabelled, Tensor):
+        data = Data(data.classes, *(x.to(device) for x in data[1:]))
+    say(
+        f"{args.data}: {len(data.unlabelled):,} images to train on, {len(data.train_y):,} labels "
+        f"to judge with, {len(data.val_y):,} validation images, {len(data.classes)} classes"
+    )
+    return data
 
 
 def train(args, device: torch.device) -> dict:
@@ -850,36 +1011,18 @@ def train(args, device: torch.device) -> dict:
     """
     began, rank, world, out = time.monotonic(), process_rank(), process_count(), Path(args.out)
 
-    def log(event: str, **values) -> None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps({"event": event, **values}) + "\n")
-        except OSError as error:
-            raise Failure(f"cannot write to the folder {out} ({error}): see --out") from None
-
-    data = on_first(load_data, args)
+    # What there is to train.
+    data = open_data(args, device)
     n, in_memory = len(data.unlabelled), isinstance(data.unlabelled, Tensor)
     if args.batch_size % world or not 2 * world <= args.batch_size <= n:
         raise Failure(
             f"the batch size, {args.batch_size}, must be a multiple of the number of processes "
             f"({world}), at least 2 for each, and at most the number of images ({n})"
         )
-    if in_memory:  # small: all of it lives on the device
-        data = Data(data.classes, *(x.to(device) for x in data[1:]))
-    say(
-        f"{args.data}: {n:,} images to train on, {len(data.train_y):,} labels to judge with, "
-        f"{len(data.val_y):,} validation images, {len(data.classes)} classes"
-    )
-
     torch.manual_seed(args.seed)
     model = BarlowTwins(args.arch, args.projector, args.small_images)
     model.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, args)
-    scale = (args.crop_scale, 1.0) if in_memory else None
-    augment_a, augment_b = (
-        Augment(args.size, scale, *odds) for odds in zip(args.blur, args.solarize, strict=True)
-    )
+    optimizer, augments = make_optimizer(model, args), make_augments(args, in_memory)
     say(
         f"{args.arch}, projector {args.projector}, {world} process{'es' * (world > 1)} on "
         f"{device.type}, {args.precision}; all of it goes to {out}"
@@ -893,10 +1036,20 @@ def train(args, device: torch.device) -> dict:
         )
         return x, data.train_y[: len(x)].to(device), val_x, data.val_y[: len(val_x)].to(device)
 
-    name = Path(args.data).resolve().name
-    settings = {"data": name, "images": n} | {key: getattr(args, key) for key in FIXED}
+    def correlation() -> Tensor:
+        """C of one batch, in evaluation mode, as a picture shows it."""
+        i = torch.arange(min(n, 512))
+        views = two_views(next(batches(data.unlabelled, [i], device, args.workers)), *augments)
+        with torch.no_grad():
+            c = cross_correlation(*(model.eval()(view) for view in views))
+        model.train()
+        return shrink(c).cpu()
+
+    # Where it stands: at the beginning, or where the checkpoint says.
+    settings = {"data": Path(args.data).resolve().name, "images": n}
+    settings |= {key: getattr(args, key) for key in FIXED}
     state = on_first(load_checkpoint, out / "checkpoint.pt", settings)
-    on_first(partial(log, "config", **vars(args), processes=world, torch=torch.__version__))
+    on_first(log, out, "config", vars(args) | {"processes": world, "torch": torch.__version__})
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -904,22 +1057,15 @@ def train(args, device: torch.device) -> dict:
     else:
         say("first the baselines: raw pixels and the untrained backbone")
         state = {"settings": settings, "epoch": 0, "step": 0, "seconds": 0.0, "busy": 0.0}
-        pixels = nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())
+        pixels, untrained = nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten()), model.backbone
         state["pixels"] = on_first(judge, *features(pixels))
-        state["untrained"] = on_first(judge, *features(model.backbone))
+        of_untrained = features(untrained)
+        state["untrained"] = on_first(judge, *of_untrained)
+        state["neighbours"], state["correlation"] = nearest(*of_untrained), on_first(correlation)
+        on_first(draw_views, out / "views.png", data, augments)
+    net = distribute(model, args, device)
 
-    if world > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    elif world > 1:
-        say("on CPUs BatchNorm sees each process's own images only (on GPUs it is synchronized)")
-    if args.compile:
-        model.compile()
-    net = model
-    if world > 1:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch 2.15 renames broadcast_buffers
-            net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-
+    # The loop.
     first, steps, share = state["step"], n // args.batch_size, args.batch_size // world
     total, warmup = args.epochs * steps, round(min(10, args.epochs / 10) * steps)
     peaks = [lr * args.batch_size / 256 for lr in (args.lr_weights, args.lr_biases)]
@@ -941,18 +1087,20 @@ def train(args, device: torch.device) -> dict:
             if world > 1 and buffer.is_floating_point():
                 dist.all_reduce(buffer)
                 buffer /= world
-        state.update(epoch=epoch, step=step, terms=terms.cpu())
+        state.update(epoch=epoch + step // steps, step=step % steps, terms=terms.cpu())
         state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
         seconds = state["seconds"] + time.monotonic() - began
         on_first(save_whole, state | {"seconds": seconds}, out / "checkpoint.pt")
+
+    def stop(number: int) -> None:
+        say("stopped; the same command goes on from here")
+        raise SystemExit(130 if number == signal.SIGINT else 0)
 
     for epoch in range(state["epoch"], args.epochs):
         # The order depends on the seed and the epoch, however many processes share it.
         sampler.set_epoch(epoch)
         order = torch.tensor(list(sampler))[: steps * share].view(steps, share)[first:]
-        if in_memory:
-            order = order.to(device)
-        else:
+        if not in_memory:
             data.unlabelled.epoch = epoch
         loader = batches(data.unlabelled, order, device, args.workers)
         reported, since = first, time.monotonic()
@@ -974,41 +1122,47 @@ def train(args, device: torch.device) -> dict:
                 now = epoch * steps + step
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * learning_rate(now, total, warmup)
-                views = two_views(images, augment_a, augment_b)
-                terms[step] = training_step(net, optimizer, *views, args)
+                terms[step] = training_step(net, optimizer, two_views(images, *augments), args)
 
                 if word:
                     check(epoch, step)
                     invariance, redundancy = terms[reported : step + 1].mean(0).tolist()
-                    loss = invariance + args.lambd * redundancy
-                    seconds, rate = time.monotonic() - since, group["lr"]
+                    loss, lr = invariance + args.lambd * redundancy, optimizer.param_groups[0]["lr"]
+                    seconds = time.monotonic() - since
                     speed = (step + 1 - reported) * args.batch_size / seconds
                     left = timedelta(seconds=int((total - now - 1) * args.batch_size / speed))
                     say(
                         f"epoch {epoch + 1}/{args.epochs}, step {step + 1}/{steps}: "
                         f"loss {loss:.2f} = {invariance:.2f} + {args.lambd} * {redundancy:.0f}, "
-                        f"rate {rate:.2g}, {speed:.0f} images/s, {left} left",
+                        f"rate {lr:.2g}, {speed:.0f} images/s, {left} left",
                         in_place=True,
                     )
                     line = dict(epoch=epoch + 1, step=step + 1, loss=loss, invariance=invariance)
-                    line |= dict(redundancy=redundancy, lr=rate, images_per_second=speed)
-                    on_first(partial(log, "train", **line))
+                    line |= dict(redundancy=redundancy, lr=lr, images_per_second=speed)
+                    on_first(log, out, "train", line)
                     state["busy"] += seconds
                     reported, since = step + 1, time.monotonic()
                 if word > REPORT:
                     save(epoch, step + 1)
-                    say("stopped; the same command goes on from here")
-                    raise SystemExit(130 if word == signal.SIGINT else 0)
+                    stop(word)
             first = 0
-            save(epoch + 1, 0)
-        if stop := agree(caught[0] if caught else 0):
-            raise SystemExit(130 if stop == signal.SIGINT else 0)
+            save(epoch, steps)
+        if word := agree(caught[0] if caught else 0):
+            stop(word)
         if (epoch + 1) % math.ceil(args.epochs / 100) == 0 and epoch + 1 < args.epochs:
             x, y, val_x, val_y = features(model.backbone, 5000)
-            knn, dimensions = on_first(judge_knn, x, y, val_x, val_y), effective_rank(val_x)
-            on_first(partial(log, "eval", epoch=epoch + 1, knn=knn, effective_rank=dimensions))
-            say(f"after epoch {epoch + 1}: loss {loss:.2f}, kNN {knn:.3f} with {len(x):,} labels")
+            knn, filled = on_first(judge_knn, x, y, val_x, val_y), effective_rank(val_x)
+            on_first(log, out, "eval", dict(epoch=epoch + 1, knn=knn, effective_rank=filled))
+            say(
+                f"after epoch {epoch + 1}: loss {loss:.2f}, kNN {knn:.3f} with {len(x):,} labels, "
+                f"effective rank {filled:.0f} of {x.shape[1]}"
+            )
+            if warning := collapse(val_x):
+                say(warning)
+            draw = partial(draw_correlation, out / "correlation.png", state["correlation"])
+            on_first(lambda draw=draw: draw(correlation()))
 
+    # The result.
     say("last the trained backbone")
     weights = {key: value.cpu() for key, value in model.backbone.state_dict().items()}
     on_first(save_whole, weights, out / "backbone.pt")
@@ -1025,10 +1179,157 @@ def train(args, device: torch.device) -> dict:
         **{f"{key}_{name}": score for name in judged for key, score in judged[name].items()},
         "effective_rank": effective_rank(val_x),
     }
-    on_first(partial(log, "result", **result))
+    on_first(log, out, "result", result)
+    on_first(lambda: draw_correlation(out / "correlation.png", state["correlation"], correlation()))
+    neighbours = state["neighbours"], nearest(x, y, val_x, val_y)
+    on_first(draw_neighbours, out / "neighbours.png", data, *neighbours)
     say(f"{len(y):,} labels, {len(val_y):,} validation images   linear probe     kNN")
     for name, scores in (judged | {"trained": trained}).items():
         say(f"{name:>40}   {scores['linear']:12.3f}   {scores['knn']:.3f}")
+    return result
+
+
+def evaluate(args, device: torch.device) -> dict:
+    """Judges the backbone in the file args.evaluate; returns what it logs last.
+
+    Takes `backbone.pt`, `checkpoint.pt`, the authors' files and any state dict of a torchvision
+    ResNet: architecture and stem are those that the weights fit.
+    """
+    weights = load_weights(Path(args.evaluate))
+    weights = weights.get("model", weights)
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    if any(key.startswith("backbone.") for key in weights):
+        weights = {k[9:]: v for k, v in weights.items() if k.startswith("backbone.")}
+    weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+    shapes_of = {key: value.shape for key, value in weights.items() if isinstance(value, Tensor)}
+    for arch, small_images in product(["small", *RESNETS], [True, False]):
+        with torch.device("meta"):
+            backbone, _ = make_backbone(arch, small_images)
+        if {key: value.shape for key, value in backbone.state_dict().items()} == shapes_of:
+            break
+    else:
+        raise Failure(f"{args.evaluate} holds neither the small backbone nor a torchvision ResNet")
+    backbone, _ = make_backbone(arch, small_images)
+    backbone.load_state_dict(weights)
+    backbone.to(device, memory_format=torch.channels_last)
+    say(f"{args.evaluate}: {arch}, stem for {'small' if small_images else 'large'} images")
+
+    data = open_data(args, device)
+    x, val_x = (
+        extract_features(backbone, images, device, args.workers)
+        for images in (data.train, data.val)
+    )
+    y, val_y = data.train_y.to(device), data.val_y.to(device)
+
+    def judge_all() -> dict:
+        scores = {f"knn_{k}": knn_votes(x, y, val_x, k) for k in (20, 200)}
+        scores["linear"] = linear_logits(x, y, val_x)
+        for percent in (10, 1):
+            few = torch.cat(
+                [of_class[: math.ceil(len(of_class) * percent / 100)] for of_class in mixed]
+            )
+            scores[f"linear_{percent}_percent"] = linear_logits(x[few], y[few], val_x)
+        result = {key: accuracy(value, val_y) for key, value in scores.items()}
+        if len(data.classes) >= 100:
+            result |= {f"{key}_top_5": accuracy(value, val_y, 5) for key, value in scores.items()}
+        return result
+
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(args.seed)).to(device)
+    mixed = [order[y[order] == label] for label in range(len(data.classes))]
+    result = on_first(judge_all)
+    on_first(
+        log, Path(args.out), "evaluation", {"file": args.evaluate, "data": args.data, **result}
+    )
+    for key, value in result.items():
+        say(f"{key:>24}   {value:.3f}")
+    return result
+
+
+def benchmark(args, device: torch.device) -> dict:
+    """Times training steps of the recipe, part by part, and prints a table and a JSON line.
+
+    Beside them the limit: the same network trained without the loss on views that lie ready. On
+    random images where the data are not there.
+    """
+    share = args.batch_size // process_count()
+    try:
+        images = on_first(load_data, args).unlabelled
+        if isinstance(images, Tensor):
+            images = images.to(device)
+    except Failure as failure:
+        say(f"{failure}\nso these are random images")
+        images = (
+            torch.randint(256, (2 * args.batch_size, 3, args.size, args.size)).byte().to(device)
+        )
+    torch.manual_seed(args.seed)
+    model = BarlowTwins(args.arch, args.projector, args.small_images)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer, augments = (
+        make_optimizer(model, args),
+        make_augments(args, isinstance(images, Tensor)),
+    )
+    net = distribute(model, args, device)
+    cuda, marks = device.type == "cuda", []
+
+    def mark(name: str) -> None:
+        if cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        else:
+            event = time.perf_counter()
+        marks.append((name, event))
+
+    order = torch.arange(100 * share).remainder(len(images)).view(100, share)
+    loader, times, began = batches(images, order, device, args.workers), {}, time.monotonic()
+    for step in range(100):
+        marks.clear()
+        mark("")
+        batch = next(loader)
+        mark("load")
+        views = two_views(batch, *augments)
+        mark("views")
+        training_step(net, optimizer, views, args, mark=mark)
+        mark("between")
+        training_step(net, optimizer, views, args, lambda a, b, _: (a.mean(), b.mean()))
+        mark("limit")
+        z = torch.randn(2, args.batch_size, int(args.projector.split("-")[-1]), device=device)
+        mark("between")
+        barlow_twins_loss(*z.requires_grad_()).backward()
+        mark("loss, forward and backward")
+        if cuda:
+            torch.cuda.synchronize()
+        if step < 3:  # to warm up
+            continue
+        for (_, start), (name, end) in pairwise(marks):
+            ms = start.elapsed_time(end) if cuda else 1000 * (end - start)
+            times.setdefault(name, []).append(ms)
+        if step > 7 and time.monotonic() - began > 40:
+            break
+    parts = ("load", "views", "forward", "loss", "backward", "optimizer")
+    times["whole step"] = [
+        sum(values) for values in zip(*(times[part] for part in parts), strict=True)
+    ]
+    say(f"{'milliseconds':>28}  median  lowest highest")
+    for name in (*parts, "whole step", "limit", "loss, forward and backward"):
+        low, *_, high = sorted(times[name])
+        say(f"{name:>28} {median(times[name]):7.1f} {low:7.1f} {high:7.1f}")
+    step = median(times["whole step"])
+    ratios = [a / b for a, b in zip(times["whole step"], times["limit"], strict=True)]
+    result = {
+        "event": "benchmark",
+        "recipe": args.recipe,
+        "device": torch.cuda.get_device_name(device)
+        if cuda
+        else f"{torch.get_num_threads()} CPU threads",
+        "images_per_second": 1000 * args.batch_size / step,
+        "step_ms": step,
+        "limit_ms": median(times["limit"]),
+        "step_over_limit": median(ratios),
+        "loss_share": median(times["loss, forward and backward"]) / step,
+    }
+    if cuda:
+        result["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    say(json.dumps(result))
     return result
 
 
@@ -1111,6 +1412,8 @@ FLAGS = {  # the recipe's values are the defaults of those that it names
     "--solarize": dict(type=probability, nargs=2, metavar=pair, help="probability in either view"),
     "--workers": dict(type=number(int, 0, 1024), default=os.cpu_count(), help="to read files"),
     "--seed": dict(type=number(int, 0, 2**31), default=0),
+    "--evaluate": dict(metavar="FILE", help="judge the backbone in a file instead of training"),
+    "--benchmark": dict(action="store_true", help="time the steps of the recipe instead"),
     "--compile": dict(action="store_true", help="torch.compile the network"),
     "--precision": dict(choices=["fp32", "bf16"], help="default: bf16 on GPUs that have it"),
 }
@@ -1150,7 +1453,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # see also signals_caught
     try:
-        train(args, start_processes())
+        task = evaluate if args.evaluate else benchmark if args.benchmark else train
+        task(args, start_processes())
     except Failure as failure:
         # From a DataLoader's worker it comes wrapped in the worker's traceback.
         refuse(str(failure).rsplit("Failure: ")[-1].strip(), code=1)
