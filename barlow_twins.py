@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 from torchvision import datasets, models
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import save_image
+from torchvision.utils import draw_bounding_boxes, save_image
 
 # ---------------------------------------------------------------------------------------- Loss
 
@@ -177,7 +177,8 @@ def resize_weights(start: Tensor, length: Tensor, size: int, total: int) -> Tens
     centre = start + (torch.arange(size, device=start.device).view(-1, 1) + 0.5) * scale
     pixel = torch.arange(total, device=start.device) + 0.5
     t = ((pixel - centre) / scale.clamp(min=1)).abs().clamp(max=2)
-    weights = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2)
+    near, far = (1 - t).relu(), 2 - t  # the cubic kernel with a = -1/2, in pieces that end softly
+    weights = near * near * (2 * t - 1) + far * far * (0.5 - 0.5 * t)
     weights = weights * ((pixel > start) & (pixel < start + length))
     return weights / weights.sum(-1, keepdim=True)
 
@@ -211,14 +212,14 @@ def adjust_hue(x: Tensor, factor: Tensor) -> Tensor:
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
     r, g, b = x.split(1, dim=1)
-    hue = torch.where(value == r, g - b, torch.where(value == g, b - r, r - g))
-    hue = hue / chroma.clamp(min=1e-12)
-    hue += torch.where(value == r, 0.0, torch.where(value == g, 2.0, 4.0)) + 6 * factor
+    is_r, is_g = value == r, value == g
+    hue = torch.where(is_r, g - b, torch.where(is_g, b - r, r - g)) / chroma.clamp(min=1e-12)
+    hue += torch.where(is_r, 0.0, torch.where(is_g, 2.0, 4.0)) + 6 * factor
     # In sixths of the circle red lies at 0, green at 2, blue at 4. A channel has the full value
     # where the hue is within 1 of its own, and falls to value - chroma at a distance of 2.
     distance = hue - torch.tensor([0.0, 2.0, 4.0], device=x.device).view(3, 1, 1)
-    distance = (distance - 6 * (distance / 6).round()).abs()
-    return value - chroma * (distance - 1).clamp_(0, 1)
+    distance.sub_((distance / 6).round_(), alpha=6).abs_()
+    return torch.addcmul(value, chroma, distance.sub_(1).clamp_(0, 1), value=-1)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
@@ -280,7 +281,7 @@ class Augment(nn.Module):
         for turn in order.T:
             for k, adjust in enumerate(JITTER):
                 i = chosen(turn == k)
-                x[i] = adjust(x[i], factor[i, k].view(-1, 1, 1, 1))
+                x.index_copy_(0, i, adjust(x[i], factor[i, k].view(-1, 1, 1, 1)))
 
         i = chosen(torch.rand(n) < 0.2)
         x[i] = TF.rgb_to_grayscale(x[i], num_output_channels=3)
@@ -312,7 +313,8 @@ def make_backbone(arch: str, small_images: bool) -> tuple[nn.Module, int]:
     if arch == "small":
         layers, widths = [], (3, 32, 64, 128, 256)
         for c_in, c_out in pairwise(widths):
-            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False)]
+            stride = 1 if c_out == 256 else 2
+            layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), widths[-1]
     if arch not in RESNETS:
@@ -803,31 +805,27 @@ def judge(*features: Tensor) -> dict:
 
 
 def save_grid(path: Path, images: list[Tensor], columns: int) -> None:
-    """Writes float images (3, H, W) in [0, 1] as a PNG with so many columns."""
-    grid = F.interpolate(torch.stack(images), scale_factor=max(1, 64 // images[0].shape[-1]))
+    """Writes images, uint8 (3, H, W), as a PNG with so many columns."""
     try:
-        save_image(grid, path, nrow=columns)
+        save_image(torch.stack(images) / 255, path, nrow=columns, pad_value=1.0)
     except OSError as error:
         raise Failure(f"cannot write {path} ({error})") from None
 
 
 def draw_views(path: Path, data: Data, augments: tuple[Augment, Augment]) -> None:
-    """Eight images, each at the left of four draws of T and four of T'."""
-    count = min(8, len(data.train))
-    originals = torch.stack([data.train[i] for i in range(count)])
-    columns, size = [], augments[0].size
+    """Eight images, each followed by four draws of T and four of T'."""
+    count, columns, views = min(8, len(data.train)), [], []
+    originals = images = torch.stack([data.train[i] for i in range(count)])
+    std, mean = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (STD, MEAN))
     for draw in range(4):
-        images = originals
-        if not isinstance(data.train, Tensor):
+        if isinstance(data.train, Subset):  # of files, which yield random crops
             data.unlabelled.epoch = draw
             images = torch.stack([data.unlabelled[i] for i in data.train.indices[:count]])
-        columns += two_views(images, *augments)
-    mean, std = (
-        torch.tensor(value, device=originals.device).view(3, 1, 1) for value in (MEAN, STD)
-    )
-    columns = [view * std + mean for view in columns[::2] + columns[1::2]]
-    rows = torch.stack([TF.resize(originals, [size, size]) / 255, *columns], dim=1)
-    save_grid(path, list(rows.flatten(0, 1)), columns=9)
+        views += [(view * std + mean) * 255 for view in two_views(images, *augments)]
+    columns = [originals, *views[::2], *views[1::2]]
+    side = max(64, augments[0].size)
+    columns = [TF.resize(x.float(), [side, side], InterpolationMode.NEAREST) for x in columns]
+    save_grid(path, list(torch.stack(columns, dim=1).flatten(0, 1)), len(columns))
 
 
 def shrink(c: Tensor) -> Tensor:
@@ -838,36 +836,36 @@ def shrink(c: Tensor) -> Tensor:
 
 
 def draw_correlation(path: Path, before: Tensor, now: Tensor) -> None:
-    """C (D, D) before training and now: blue is -1, white 0, red 1."""
+    """C, (D, D), before training and now: blue is -1, white 0, red 1."""
     pictures = [[1 - (-c).relu(), 1 - c.abs(), 1 - c.relu()] for c in (before, now)]
-    save_grid(path, [torch.stack(rgb).clamp(0, 1) for rgb in pictures], columns=2)
+    save_grid(path, [torch.stack(rgb).clamp(0, 1) * 255 for rgb in pictures], columns=2)
 
 
 def nearest(x: Tensor, y: Tensor, val_x: Tensor, val_y: Tensor) -> Tensor:
-    """Of 10 validation images the 5 nearest training images: indices (10, 5)."""
+    """The 5 training images nearest to each of 10 validation images, as indices (10, 5)."""
     return (F.normalize(val_x[:10]) @ F.normalize(x).T).topk(min(5, len(x))).indices.cpu()
 
 
 def draw_neighbours(path: Path, data: Data, untrained: Tensor, trained: Tensor) -> None:
-    """Validation images between their nearest training images for either backbone.
+    """Validation images between their neighbours for the untrained and the trained backbone.
 
-    The frame of a neighbour is green if it is of the same class, and red if not.
+    untrained, trained: (10, 5). A neighbour of the same class has a green frame, another a red one.
     """
     cells = []
 
-    def add(image: Tensor, colour: tuple[float, float, float]) -> None:
-        side = image.shape[-1]
-        cell = torch.tensor(colour).view(3, 1, 1).repeat(1, side + 4, side + 4)
-        cell[:, 2:-2, 2:-2] = image.cpu() / 255
-        cells.append(cell)
+    def add(image: Tensor, colour: str) -> None:
+        image = TF.resize(image.cpu(), [64, 64], InterpolationMode.NEAREST)
+        cells.append(
+            draw_bounding_boxes(image, torch.tensor([[0, 0, 63, 63]]), None, colour, width=3)
+        )
 
     for i, (left, right) in enumerate(zip(untrained.tolist(), trained.tolist(), strict=True)):
-        for j in [*left, None, *right]:
-            if j is None:
-                add(data.val[i], (1.0, 1.0, 1.0))
-            else:
-                same = data.train_y[j] == data.val_y[i]
-                add(data.train[j], (0.1, 0.7, 0.1) if same else (0.9, 0.1, 0.1))
+        colours = ["lime" if c == data.val_y[i] else "red" for c in data.train_y[left + right]]
+        neighbours = [data.train[j] for j in left + right]
+        for j, (image, colour) in enumerate(zip(neighbours, colours, strict=True)):
+            if j == len(left):
+                add(data.val[i], "white")
+            add(image, colour)
     save_grid(path, cells, columns=2 * untrained.shape[1] + 1)
 
 
@@ -1041,7 +1039,8 @@ def train(args, device: torch.device) -> dict:
         i = torch.arange(min(n, 512))
         views = two_views(next(batches(data.unlabelled, [i], device, args.workers)), *augments)
         with torch.no_grad():
-            c = cross_correlation(*(model.eval()(view) for view in views))
+            z_a, z_b = (model.eval()(view) for view in views)
+            c = cross_correlation(z_a / z_a.std(), z_b / z_b.std())  # tiny before the training
         model.train()
         return shrink(c).cpu()
 
@@ -1196,11 +1195,11 @@ def evaluate(args, device: torch.device) -> dict:
     ResNet: architecture and stem are those that the weights fit.
     """
     weights = load_weights(Path(args.evaluate))
-    weights = weights.get("model", weights)
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    if any(key.startswith("backbone.") for key in weights):
-        weights = {k[9:]: v for k, v in weights.items() if k.startswith("backbone.")}
-    weights = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+    weights = {
+        re.sub(r"^(module\.)?(backbone\.)?", "", key): value
+        for key, value in weights.get("model", weights).items()
+        if not re.match(r"(module\.)?(projector|bn|fc)\.", key)
+    }
     shapes_of = {key: value.shape for key, value in weights.items() if isinstance(value, Tensor)}
     for arch, small_images in product(["small", *RESNETS], [True, False]):
         with torch.device("meta"):
@@ -1224,22 +1223,19 @@ def evaluate(args, device: torch.device) -> dict:
     def judge_all() -> dict:
         scores = {f"knn_{k}": knn_votes(x, y, val_x, k) for k in (20, 200)}
         scores["linear"] = linear_logits(x, y, val_x)
-        for percent in (10, 1):
-            few = torch.cat(
-                [of_class[: math.ceil(len(of_class) * percent / 100)] for of_class in mixed]
-            )
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(args.seed))
+        for percent in (10, 1):  # of each class
+            of_classes = [order[y.cpu()[order] == label] for label in y.unique().tolist()]
+            few = torch.cat([i[: math.ceil(len(i) * percent / 100)] for i in of_classes])
             scores[f"linear_{percent}_percent"] = linear_logits(x[few], y[few], val_x)
         result = {key: accuracy(value, val_y) for key, value in scores.items()}
         if len(data.classes) >= 100:
             result |= {f"{key}_top_5": accuracy(value, val_y, 5) for key, value in scores.items()}
         return result
 
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(args.seed)).to(device)
-    mixed = [order[y[order] == label] for label in range(len(data.classes))]
     result = on_first(judge_all)
-    on_first(
-        log, Path(args.out), "evaluation", {"file": args.evaluate, "data": args.data, **result}
-    )
+    said = {"file": args.evaluate, "data": args.data, **result}
+    on_first(log, Path(args.out), "evaluation", said)
     for key, value in result.items():
         say(f"{key:>24}   {value:.3f}")
     return result
@@ -1251,36 +1247,28 @@ def benchmark(args, device: torch.device) -> dict:
     Beside them the limit: the same network trained without the loss on views that lie ready. On
     random images where the data are not there.
     """
-    share = args.batch_size // process_count()
+    n, share, cuda = args.batch_size, args.batch_size // process_count(), device.type == "cuda"
     try:
         images = on_first(load_data, args).unlabelled
-        if isinstance(images, Tensor):
-            images = images.to(device)
     except Failure as failure:
         say(f"{failure}\nso these are random images")
-        images = (
-            torch.randint(256, (2 * args.batch_size, 3, args.size, args.size)).byte().to(device)
-        )
+        images = torch.randint(256, (2 * n, 3, args.size, args.size), dtype=torch.uint8)
+    in_memory = isinstance(images, Tensor)
+    images = images.to(device) if in_memory else images
     torch.manual_seed(args.seed)
     model = BarlowTwins(args.arch, args.projector, args.small_images)
     model.to(device, memory_format=torch.channels_last)
-    optimizer, augments = (
-        make_optimizer(model, args),
-        make_augments(args, isinstance(images, Tensor)),
-    )
-    net = distribute(model, args, device)
-    cuda, marks = device.type == "cuda", []
+    optimizer, augments = make_optimizer(model, args), make_augments(args, in_memory)
+    net, marks, times = distribute(model, args, device), [], {}
 
     def mark(name: str) -> None:
+        event = torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter()
         if cuda:
-            event = torch.cuda.Event(enable_timing=True)
             event.record()
-        else:
-            event = time.perf_counter()
         marks.append((name, event))
 
     order = torch.arange(100 * share).remainder(len(images)).view(100, share)
-    loader, times, began = batches(images, order, device, args.workers), {}, time.monotonic()
+    loader, began = batches(images, order, device, args.workers), time.monotonic()
     for step in range(100):
         marks.clear()
         mark("")
@@ -1292,43 +1280,38 @@ def benchmark(args, device: torch.device) -> dict:
         mark("between")
         training_step(net, optimizer, views, args, lambda a, b, _: (a.mean(), b.mean()))
         mark("limit")
-        z = torch.randn(2, args.batch_size, int(args.projector.split("-")[-1]), device=device)
+        z = torch.randn(2, n, model.projector[-1].out_features, device=device, requires_grad=True)
         mark("between")
-        barlow_twins_loss(*z.requires_grad_()).backward()
-        mark("loss, forward and backward")
+        barlow_twins_loss(*z).backward()
+        mark("loss alone")
         if cuda:
             torch.cuda.synchronize()
-        if step < 3:  # to warm up
-            continue
-        for (_, start), (name, end) in pairwise(marks):
+        for (_, start), (name, end) in pairwise(marks if step >= 3 else []):  # 3 to warm up
             ms = start.elapsed_time(end) if cuda else 1000 * (end - start)
             times.setdefault(name, []).append(ms)
-        if step > 7 and time.monotonic() - began > 40:
+        if step > 7 and time.monotonic() > began + 40:
             break
-    parts = ("load", "views", "forward", "loss", "backward", "optimizer")
-    times["whole step"] = [
-        sum(values) for values in zip(*(times[part] for part in parts), strict=True)
-    ]
-    say(f"{'milliseconds':>28}  median  lowest highest")
-    for name in (*parts, "whole step", "limit", "loss, forward and backward"):
-        low, *_, high = sorted(times[name])
-        say(f"{name:>28} {median(times[name]):7.1f} {low:7.1f} {high:7.1f}")
-    step = median(times["whole step"])
-    ratios = [a / b for a, b in zip(times["whole step"], times["limit"], strict=True)]
+    del times["between"]
+    limit, loss = times.pop("limit"), times.pop("loss alone")
+    whole = [sum(parts) for parts in zip(*times.values(), strict=True)]
+    rows = times | {"whole step": whole, "limit": limit, "loss, both ways": loss}
+    say(f"{'milliseconds':>16}  median  lowest highest")
+    for name, values in rows.items():
+        say(f"{name:>16} {median(values):7.1f} {min(values):7.1f} {max(values):7.1f}")
     result = {
         "event": "benchmark",
         "recipe": args.recipe,
-        "device": torch.cuda.get_device_name(device)
+        "device": torch.cuda.get_device_name()
         if cuda
         else f"{torch.get_num_threads()} CPU threads",
-        "images_per_second": 1000 * args.batch_size / step,
-        "step_ms": step,
-        "limit_ms": median(times["limit"]),
-        "step_over_limit": median(ratios),
-        "loss_share": median(times["loss, forward and backward"]) / step,
+        "images_per_second": 1000 * n / median(whole),
+        "step_ms": median(whole),
+        "limit_ms": median(limit),
+        "step_over_limit": median(a / b for a, b in zip(whole, limit, strict=True)),
+        "loss_share": median(loss) / median(whole),
     }
     if cuda:
-        result["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     say(json.dumps(result))
     return result
 
@@ -1339,7 +1322,7 @@ RECIPES = {
     "shapes": dict(
         size=32, crop_scale=0.4, blur=(0.0, 0.0), solarize=(0.0, 0.2), in_memory=True,
         arch="small", small_images=True, projector="512-512-512", lambd=0.0051,
-        epochs=9, batch_size=128, optimizer="adamw",
+        epochs=7, batch_size=128, optimizer="adamw",
         lr_weights=8e-3, lr_biases=8e-3, weight_decay=0.0,
     ),
     "quick": dict(

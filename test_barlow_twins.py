@@ -725,3 +725,75 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(number, code, tmp_path
     assert torch.load(checkpoint)["epoch"] < 40
     bt.main(arguments)
     assert equal_states(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_files_of_every_origin_can_be_evaluated(tmp_path, folder, capfd):
+    def evaluated(weights, *more):
+        torch.save(weights, tmp_path / "weights.pt")
+        arguments = ["--evaluate", tmp_path / "weights.pt", "--data", folder, *TINY, *more]
+        bt.main([str(a) for a in [*arguments, "--out", tmp_path / "out"]])
+        return read_log(tmp_path / "out")[-1], capfd.readouterr().out
+
+    torch.manual_seed(0)
+    small, resnet = bt.BarlowTwins("small", "8"), bt.BarlowTwins("resnet18", "8", False)
+    result, _ = evaluated({"model": small.state_dict()})
+    shares = {"linear", "linear_10_percent", "linear_1_percent", "knn_20", "knn_200"}
+    assert set(result) == {"event", "file", "data"} | shares and result["event"] == "evaluation"
+    assert all(0 <= result[key] <= 1 for key in shares)
+    again, _ = evaluated(small.backbone.state_dict())
+    assert again == result
+    theirs = {f"module.{key}": value for key, value in resnet.state_dict().items()}
+    theirs |= {"module.bn.running_mean": torch.zeros(8)}
+    whole, said = evaluated({"epoch": 1, "model": theirs, "optimizer": {}})
+    assert "resnet18, stem for large images" in said
+    fc = {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    assert evaluated(resnet.backbone.state_dict() | fc)[0] == whole
+    assert "small images" in evaluated(bt.make_backbone("resnet34", True)[0].state_dict())[1]
+    with pytest.raises(SystemExit):
+        evaluated({"weight": torch.zeros(3)})
+    assert "neither the small backbone nor a torchvision ResNet" in capfd.readouterr().err
+
+
+def test_benchmark_prints_a_table_and_a_json_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    bt.main(["--benchmark", "--data", "cifar10", "--data-dir", "/dev/null", *TINY])
+    *table, last = capfd.readouterr().out.partition("milliseconds")[2].splitlines()
+    rows = {row[:16].strip(): float(row[16:24]) for row in table[1:]}
+    result = json.loads(last)
+    parts = ("load", "views", "forward", "loss", "backward", "optimizer")
+    assert rows["whole step"] == pytest.approx(sum(rows[part] for part in parts), rel=0.2, abs=1)
+    assert result["event"] == "benchmark" and result["recipe"] == "quick"
+    assert result["step_ms"] == pytest.approx(rows["whole step"], abs=0.1)
+    assert result["images_per_second"] == pytest.approx(24_000 / result["step_ms"])
+    assert result["step_over_limit"] > 0.5 and 0 < result["loss_share"] < 1
+
+
+def test_a_collapsed_representation_is_noticed():
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).relu()
+    assert bt.collapse(x) == ""
+    line = torch.linspace(0, 1, 500)[:, None] * torch.rand(64)
+    assert "fills 2.0 of 64" in bt.collapse(line) or "fills 1." in bt.collapse(line)
+    assert "75% of its units are dead" in bt.collapse(x * (torch.arange(64) < 16))
+
+
+def test_pictures_show_what_they_say(tmp_path):
+    before, now = torch.zeros(6, 6), torch.eye(6) - 0.5 * torch.eye(6).flip(0)
+    bt.draw_correlation(tmp_path / "c.png", before, now)
+    pixels = TF.pil_to_tensor(Image.open(tmp_path / "c.png"))
+    corner = pixels[:, 2, 10]  # of the right half, behind the frame
+    assert pixels[:, 2, 2].tolist() == [255] * 3 and corner.tolist() == [255, 0, 0]
+    assert pixels[:, 2, 15].tolist() == [128, 128, 255]
+    c = torch.full((1024, 1024), 0.1).fill_diagonal_(1.0)
+    small = bt.shrink(c)
+    assert small.shape == (256, 256) and small.diagonal().min() > 0.99
+    assert small[0, 1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("width, height", [(1, 1), (1, 900), (300, 2)])
+def test_images_of_any_size_are_read(width, height, tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "empty").mkdir()
+    Image.new("L", (width, height), 77).save(tmp_path / "cat" / "a.png")
+    for scale, shape in [(None, (3, 32, 32)), ((0.1, 1.0), (2, 3, 32, 32))]:
+        item = bt.Folder(tmp_path, 32, 1 / 16, scale)[0]
+        assert item.shape == shape and (item == 77).all()
