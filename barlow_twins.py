@@ -585,7 +585,7 @@ def load_data(args) -> Data:
 def batches(images, order, device, workers: int):
     """The images of each tensor of indices in `order`, uint8 (n, ..., 3, H, W), on the device."""
     if isinstance(images, Tensor):
-        yield from (images[i].to(device) for i in order)
+        yield from (images[i.to(images.device)].to(device) for i in order)
     else:
         loader = DataLoader(
             images,
@@ -1170,7 +1170,7 @@ def train(args, device: torch.device) -> dict:
     trained = on_first(judge, x, y, val_x, val_y)
     result = {
         "data": args.data,
-        "epochs": args.epochs,
+        "epochs": state["epoch"],
         "seconds": state["seconds"] + time.monotonic() - began,
         "images_per_second": state["epoch"] * steps * args.batch_size / state["busy"],
         "loss": float(terms.mean(0) @ torch.tensor([1.0, args.lambd], device=device)),
@@ -1346,7 +1346,7 @@ RECIPES = {
 }  # fmt: skip
 
 
-def number(kind: type, low: float, high: float = math.inf):
+def number(kind: type, low: float, high: float = 1e9):
     """A type for argparse: a finite number within these bounds."""
 
     def parse(text: str):
@@ -1354,22 +1354,23 @@ def number(kind: type, low: float, high: float = math.inf):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or math.isinf(value):
-            bounds = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+        if not low <= value <= high:
             whole = "whole " * (kind is int)
-            raise argparse.ArgumentTypeError(f"must be a {whole}number {bounds}, not {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"must be a {whole}number from {low:g} to {high:g}, not {text!r}"
+            )
         return value
 
     return parse
 
 
 def widths(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d{0,5}(-[1-9]\d{0,5})*", text):
+    if not re.fullmatch(r"[1-9]\d{0,4}(-[1-9]\d{0,4})*", text):
         raise argparse.ArgumentTypeError(f"must be widths like 512-512-512, not {text!r}")
     return text
 
 
-positive, probability, pair = number(float, 1e-12), number(float, 0, 1), ("A", "B")
+positive, probability, pair = number(float, 1e-12, 1e30), number(float, 0, 1), ("A", "B")
 FLAGS = {  # the recipe's values are the defaults of those that it names
     "--data": dict(
         default="shapes", help="shapes, cifar10, or a folder with train/CLASS/*, val/CLASS/*"
@@ -1441,6 +1442,10 @@ def main(argv: list[str] | None = None) -> None:
     except Failure as failure:
         # From a DataLoader's worker it comes wrapped in the worker's traceback.
         refuse(str(failure).rsplit("Failure: ")[-1].strip(), code=1)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        refuse("out of memory: lower --batch-size, --projector or --size", code=1)
     except KeyboardInterrupt:
         refuse("interrupted; the same command goes on from the last checkpoint", code=130)
     if dist.is_initialized():
