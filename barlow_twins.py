@@ -28,7 +28,6 @@ import time
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
@@ -812,18 +811,12 @@ def save_grid(path: Path, images: list[Tensor], columns: int) -> None:
         raise Failure(f"cannot write {path} ({error})") from None
 
 
-def draw_views(path: Path, data: Data, augments: tuple[Augment, Augment]) -> None:
-    """Eight images, each followed by four draws of T and four of T'."""
-    count, columns, views = min(8, len(data.train)), [], []
-    originals = images = torch.stack([data.train[i] for i in range(count)])
+def draw_views(path: Path, images: Tensor, augments: tuple[Augment, Augment]) -> None:
+    """Images, uint8 (n, 3, H, W), each followed by four draws of T and four of T'."""
     std, mean = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (STD, MEAN))
-    for draw in range(4):
-        if isinstance(data.train, Subset):  # of files, which yield random crops
-            data.unlabelled.epoch = draw
-            images = torch.stack([data.unlabelled[i] for i in data.train.indices[:count]])
-        views += [(view * std + mean) * 255 for view in two_views(images, *augments)]
-    columns = [originals, *views[::2], *views[1::2]]
+    views = [augment(images) * std + mean for augment in augments for _ in range(4)]
     side = max(64, augments[0].size)
+    columns = [images, *(view * 255 for view in views)]
     columns = [TF.resize(x.float(), [side, side], InterpolationMode.NEAREST) for x in columns]
     save_grid(path, list(torch.stack(columns, dim=1).flatten(0, 1)), len(columns))
 
@@ -885,9 +878,9 @@ def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     return OPTIMIZERS[args.optimizer](groups, lr=0.0, weight_decay=0.0)
 
 
-def make_augments(args, in_memory: bool) -> tuple[Augment, Augment]:
-    """T and T'. Files come as random crops already."""
-    scale = (args.crop_scale, 1.0) if in_memory else None
+def make_augments(args, crops: bool) -> tuple[Augment, Augment]:
+    """T and T'. If the images are random crops already, these take them as they are."""
+    scale = None if crops else (args.crop_scale, 1.0)
     odds = zip(args.blur, args.solarize, strict=True)
     return tuple(Augment(args.size, scale, blur, solarize) for blur, solarize in odds)
 
@@ -1020,7 +1013,7 @@ def train(args, device: torch.device) -> dict:
     torch.manual_seed(args.seed)
     model = BarlowTwins(args.arch, args.projector, args.small_images)
     model.to(device, memory_format=torch.channels_last)
-    optimizer, augments = make_optimizer(model, args), make_augments(args, in_memory)
+    optimizer, augments = make_optimizer(model, args), make_augments(args, crops=not in_memory)
     say(
         f"{args.arch}, projector {args.projector}, {world} process{'es' * (world > 1)} on "
         f"{device.type}, {args.precision}; all of it goes to {out}"
@@ -1044,6 +1037,9 @@ def train(args, device: torch.device) -> dict:
         model.train()
         return shrink(c).cpu()
 
+    def draw_correlations() -> None:
+        draw_correlation(out / "correlation.png", state["correlation"], correlation())
+
     # Where it stands: at the beginning, or where the checkpoint says.
     settings = {"data": Path(args.data).resolve().name, "images": n}
     settings |= {key: getattr(args, key) for key in FIXED}
@@ -1061,11 +1057,12 @@ def train(args, device: torch.device) -> dict:
         of_untrained = features(untrained)
         state["untrained"] = on_first(judge, *of_untrained)
         state["neighbours"], state["correlation"] = nearest(*of_untrained), on_first(correlation)
-        on_first(draw_views, out / "views.png", data, augments)
+        images = torch.stack([data.train[i] for i in range(min(8, len(data.train)))])
+        on_first(draw_views, out / "views.png", images, make_augments(args, crops=False))
     net = distribute(model, args, device)
 
     # The loop.
-    first, steps, share = state["step"], n // args.batch_size, args.batch_size // world
+    steps, share = n // args.batch_size, args.batch_size // world
     total, warmup = args.epochs * steps, round(min(10, args.epochs / 10) * steps)
     peaks = [lr * args.batch_size / 256 for lr in (args.lr_weights, args.lr_biases)]
     sampler = DistributedSampler(range(n), world, rank, seed=args.seed, drop_last=True)
@@ -1095,56 +1092,62 @@ def train(args, device: torch.device) -> dict:
         say("stopped; the same command goes on from here")
         raise SystemExit(130 if number == signal.SIGINT else 0)
 
-    for epoch in range(state["epoch"], args.epochs):
+    def steps_of(epoch: int, caught: list[int]):
+        """Yields each step of the epoch, this process's images and the word for all processes."""
         # The order depends on the seed and the epoch, however many processes share it.
         sampler.set_epoch(epoch)
-        order = torch.tensor(list(sampler))[: steps * share].view(steps, share)[first:]
+        order = torch.tensor(list(sampler))[: steps * share].view(steps, share)[state["step"] :]
         if not in_memory:
             data.unlabelled.epoch = epoch
-        loader = batches(data.unlabelled, order, device, args.workers)
-        reported, since = first, time.monotonic()
+        loader, reported = batches(data.unlabelled, order, device, args.workers), time.monotonic()
+        for step in range(state["step"], steps):
+            word, error = caught[0] if caught else 0, None
+            if step == steps - 1 or time.monotonic() > reported + 3:
+                word, reported = max(word, REPORT), time.monotonic()
+            try:
+                images = next(loader)
+            except Failure as failure:
+                word, error = BROKEN, failure
+            word = agree(word)
+            if word == BROKEN:
+                fail_together(error)
+            # Drawn anew from where we are, randomness leaves nothing to be saved.
+            torch.manual_seed(hash((args.seed, epoch, step, rank)))
+            yield step, images, word
+
+    def report(epoch: int, first: int, step: int, since: float) -> None:
+        """Says and logs the mean loss of the steps from `first` up to `step`."""
+        invariance, redundancy = terms[first:step].mean(0).tolist()
+        loss, lr = invariance + args.lambd * redundancy, optimizer.param_groups[0]["lr"]
+        seconds = time.monotonic() - since
+        speed = (step - first) * args.batch_size / seconds
+        left = int((total - epoch * steps - step) * args.batch_size / speed)
+        say(
+            f"epoch {epoch + 1}/{args.epochs}, step {step}/{steps}: "
+            f"loss {loss:.2f} = {invariance:.2f} + {args.lambd} * {redundancy:.0f}, "
+            f"rate {lr:.2g}, {speed:.0f} images/s, {timedelta(seconds=left)} left",
+            in_place=True,
+        )
+        line = dict(epoch=epoch + 1, step=step, loss=loss, invariance=invariance)
+        line |= dict(redundancy=redundancy, lr=lr, images_per_second=speed)
+        on_first(log, out, "train", line)
+        state["busy"] += seconds
+
+    for epoch in range(state["epoch"], args.epochs):
+        reported, since = state["step"], time.monotonic()
         with signals_caught() as caught:
-            for step in range(first, steps):
-                word, error = caught[0] if caught else 0, None
-                if step == steps - 1 or time.monotonic() > since + 3:
-                    word = max(word, REPORT)
-                try:
-                    images = next(loader)
-                except Failure as failure:
-                    word, error = BROKEN, failure
-                word = agree(word)
-                if word == BROKEN:
-                    fail_together(error)
-
-                # Drawn anew from where we are, randomness leaves nothing to be saved.
-                torch.manual_seed(hash((args.seed, epoch, step, rank)))
-                now = epoch * steps + step
+            for step, images, word in steps_of(epoch, caught):
+                share_of_peak = learning_rate(epoch * steps + step, total, warmup)
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                    group["lr"] = peak * learning_rate(now, total, warmup)
+                    group["lr"] = peak * share_of_peak
                 terms[step] = training_step(net, optimizer, two_views(images, *augments), args)
-
                 if word:
                     check(epoch, step)
-                    invariance, redundancy = terms[reported : step + 1].mean(0).tolist()
-                    loss, lr = invariance + args.lambd * redundancy, optimizer.param_groups[0]["lr"]
-                    seconds = time.monotonic() - since
-                    speed = (step + 1 - reported) * args.batch_size / seconds
-                    left = timedelta(seconds=int((total - now - 1) * args.batch_size / speed))
-                    say(
-                        f"epoch {epoch + 1}/{args.epochs}, step {step + 1}/{steps}: "
-                        f"loss {loss:.2f} = {invariance:.2f} + {args.lambd} * {redundancy:.0f}, "
-                        f"rate {lr:.2g}, {speed:.0f} images/s, {left} left",
-                        in_place=True,
-                    )
-                    line = dict(epoch=epoch + 1, step=step + 1, loss=loss, invariance=invariance)
-                    line |= dict(redundancy=redundancy, lr=lr, images_per_second=speed)
-                    on_first(log, out, "train", line)
-                    state["busy"] += seconds
+                    report(epoch, reported, step + 1, since)
                     reported, since = step + 1, time.monotonic()
                 if word > REPORT:
                     save(epoch, step + 1)
                     stop(word)
-            first = 0
             save(epoch, steps)
         if word := agree(caught[0] if caught else 0):
             stop(word)
@@ -1153,13 +1156,12 @@ def train(args, device: torch.device) -> dict:
             knn, filled = on_first(judge_knn, x, y, val_x, val_y), effective_rank(val_x)
             on_first(log, out, "eval", dict(epoch=epoch + 1, knn=knn, effective_rank=filled))
             say(
-                f"after epoch {epoch + 1}: loss {loss:.2f}, kNN {knn:.3f} with {len(x):,} labels, "
-                f"effective rank {filled:.0f} of {x.shape[1]}"
+                f"after epoch {epoch + 1}: kNN {knn:.3f} with {len(x):,} labels, effective rank "
+                f"{filled:.0f} of {x.shape[1]}"
             )
             if warning := collapse(val_x):
                 say(warning)
-            draw = partial(draw_correlation, out / "correlation.png", state["correlation"])
-            on_first(lambda draw=draw: draw(correlation()))
+            on_first(draw_correlations)
 
     # The result.
     say("last the trained backbone")
@@ -1179,7 +1181,7 @@ def train(args, device: torch.device) -> dict:
         "effective_rank": effective_rank(val_x),
     }
     on_first(log, out, "result", result)
-    on_first(lambda: draw_correlation(out / "correlation.png", state["correlation"], correlation()))
+    on_first(draw_correlations)
     neighbours = state["neighbours"], nearest(x, y, val_x, val_y)
     on_first(draw_neighbours, out / "neighbours.png", data, *neighbours)
     say(f"{len(y):,} labels, {len(val_y):,} validation images   linear probe     kNN")
@@ -1258,7 +1260,7 @@ def benchmark(args, device: torch.device) -> dict:
     torch.manual_seed(args.seed)
     model = BarlowTwins(args.arch, args.projector, args.small_images)
     model.to(device, memory_format=torch.channels_last)
-    optimizer, augments = make_optimizer(model, args), make_augments(args, in_memory)
+    optimizer, augments = make_optimizer(model, args), make_augments(args, crops=not in_memory)
     net, marks, times = distribute(model, args, device), [], {}
 
     def mark(name: str) -> None:
@@ -1301,9 +1303,8 @@ def benchmark(args, device: torch.device) -> dict:
     result = {
         "event": "benchmark",
         "recipe": args.recipe,
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else f"{torch.get_num_threads()} CPU threads",
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "threads": torch.get_num_threads(),
         "images_per_second": 1000 * n / median(whole),
         "step_ms": median(whole),
         "limit_ms": median(limit),
