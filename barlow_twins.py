@@ -446,7 +446,7 @@ def shapes(n: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
     all_labels = torch.randint(len(SHAPES), (n,), generator=generator)
     images = []
-    for labels in all_labels.split(2000):  # bounds the memory
+    for labels in all_labels.split(250):  # bounds the memory
         x, y = axis - uniform(-0.5, 0.5, 1, 1), axis.view(-1, 1) - uniform(-0.5, 0.5, 1, 1)
         radius, turn = uniform(0.4, 0.8, 1, 1), uniform(-0.16, 0.16, 1, 1)
         u = (x * turn.cos() + y * turn.sin()) / radius
@@ -1015,8 +1015,8 @@ def train(args, device: torch.device) -> dict:
     model.to(device, memory_format=torch.channels_last)
     optimizer, augments = make_optimizer(model, args), make_augments(args, crops=not in_memory)
     say(
-        f"{args.arch}, projector {args.projector}, {world} process{'es' * (world > 1)} on "
-        f"{device.type}, {args.precision}; all of it goes to {out}"
+        f"{args.arch} with projector {args.projector}, {world} process{'es' * (world > 1)} on "
+        f"{device.type} in {args.precision}, batches of {args.batch_size}; all of it goes to {out}"
     )
 
     def features(network: nn.Module, most: int | None = None) -> tuple[Tensor, ...]:
@@ -1050,7 +1050,7 @@ def train(args, device: torch.device) -> dict:
         optimizer.load_state_dict(state["optimizer"])
         say(f"going on after {state['epoch']} epochs and {state['step']} steps")
     else:
-        say("first the baselines: raw pixels and the untrained backbone")
+        say("judging raw pixels and the untrained backbone, to compare with")
         state = {"settings": settings, "epoch": 0, "step": 0, "seconds": 0.0, "busy": 0.0}
         pixels, untrained = nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten()), model.backbone
         state["pixels"] = on_first(judge, *features(pixels))
@@ -1164,7 +1164,7 @@ def train(args, device: torch.device) -> dict:
             on_first(draw_correlations)
 
     # The result.
-    say("last the trained backbone")
+    say("judging the trained backbone")
     weights = {key: value.cpu() for key, value in model.backbone.state_dict().items()}
     on_first(save_whole, weights, out / "backbone.pt")
     x, y, val_x, val_y = features(model.backbone)
@@ -1184,9 +1184,16 @@ def train(args, device: torch.device) -> dict:
     on_first(draw_correlations)
     neighbours = state["neighbours"], nearest(x, y, val_x, val_y)
     on_first(draw_neighbours, out / "neighbours.png", data, *neighbours)
-    say(f"{len(y):,} labels, {len(val_y):,} validation images   linear probe     kNN")
+    labels = f"accuracy with {len(y):,} labels"
+    say(f"{labels:28}  linear probe     kNN")
     for name, scores in (judged | {"trained": trained}).items():
-        say(f"{name:>40}   {scores['linear']:12.3f}   {scores['knn']:.3f}")
+        name = "raw pixels" if name == "pixels" else f"{name} backbone"
+        say(f"{name:28}  {scores['linear']:12.3f}   {scores['knn']:.3f}")
+    say(
+        f"in {out}: backbone.pt to go on with, log.jsonl, and views.png, correlation.png and "
+        "neighbours.png to look at\nnext: torchrun barlow_twins.py --data DIR --recipe quick, with "
+        "your own images in DIR/train/CLASS/* and DIR/val/CLASS/*"
+    )
     return result
 
 

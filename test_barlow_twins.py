@@ -578,7 +578,7 @@ def test_imagenet_recipe_with_workers_and_two_processes(tmp_path, folder):
     small = ["--arch", "resnet18", "--projector", "16-16", "--size", "32", "--batch-size", "24"]
     arguments = ["--data", folder, *small, "--workers", 1, "--out", tmp_path / "run", "--epochs"]
     done = run(*arguments, 1, processes=2)
-    assert "2 processes" in done.stdout and done.stdout.count("untrained  ") == 1
+    assert "2 processes" in done.stdout and done.stdout.count("untrained backbone  ") == 1
     run(*arguments, 2)  # goes on, with another number of processes
     assert [line["epochs"] for line in read_log(tmp_path / "run") if "epochs" in line][-1] == 2
 
