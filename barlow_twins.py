@@ -13,7 +13,8 @@ After training the projector is thrown away and the backbone is kept.
     torchrun barlow_twins.py --data cifar10 --recipe quick          # CIFAR-10 on a CPU
     torchrun --nproc-per-node 8 barlow_twins.py --data IMAGENET     # the paper's recipe
 
-Loss > Views > Network > Optimizer > Data > Processes > Evaluation > Training > Command line
+Loss > Views > Network > Optimizer > Data > Processes > Evaluation > Pictures > Training >
+Command line
 """
 
 import argparse
@@ -310,12 +311,11 @@ RESNETS = models.list_models(models, include=["resnet*", "resnext*", "wide_resne
 def make_backbone(arch: str, small_images: bool) -> tuple[nn.Module, int]:
     """The backbone without a classifier, (N, 3, H, W) -> (N, d), and d."""
     if arch == "small":
-        layers, widths = [], (3, 32, 64, 128, 256)
-        for c_in, c_out in pairwise(widths):
-            stride = 1 if c_out == 256 else 2
+        layers = []
+        for c_in, c_out, stride in ((3, 32, 2), (32, 64, 2), (64, 128, 2), (128, 256, 1)):
             layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), widths[-1]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 256
     if arch not in RESNETS:
         raise ValueError(f"arch is one of small, {', '.join(RESNETS)}, not {arch!r}")
     backbone = models.get_model(arch, zero_init_residual=True)
@@ -948,17 +948,17 @@ def load_checkpoint(path: Path, settings: dict) -> dict | None:
     """What `train` saved, or None if there is nothing. Raises Failure if it is of no use."""
     if not path.exists():
         return None
-    unharmed = "it was not overwritten: move it away or name another folder with --out"
     try:
         state = load_weights(path)
+        before = state.get("settings", {})
+        for key, value in settings.items():
+            if key not in before:
+                raise Failure(f"{path} is no checkpoint of this program")
+            if before[key] != value:
+                raise Failure(f"{path} was trained with {key} {before[key]}, not {value}")
     except Failure as failure:
-        raise Failure(f"{failure}; {unharmed}") from None
-    before = state.get("settings", {})
-    for key, value in settings.items():
-        if key not in before:
-            raise Failure(f"{path} is no checkpoint of this program; {unharmed}")
-        if before[key] != value:
-            raise Failure(f"{path} was trained with {key} {before[key]}, not {value}; {unharmed}")
+        hint = "it was not overwritten: move it away or name another folder with --out"
+        raise Failure(f"{failure}; {hint}") from None
     return state
 
 
@@ -1336,7 +1336,7 @@ RECIPES = {
     "quick": dict(
         size=32, crop_scale=0.2, blur=(0.0, 0.0), solarize=(0.0, 0.2), in_memory=True,
         arch="small", small_images=True, projector="512-512-512", lambd=0.0051,
-        epochs=6, batch_size=128, optimizer="adamw",
+        epochs=16, batch_size=256, optimizer="adamw",
         lr_weights=4e-3, lr_biases=4e-3, weight_decay=0.0,
     ),
     "cifar10": dict(
