@@ -734,10 +734,10 @@ def linear_logits(train_x, train_y, test_x) -> Tensor:
     def logits(x):  # standardizes the weights rather than the features, which may be many
         return F.linear(x, weight / std, bias - weight @ (mean / std))
 
-    def fit(share, penalty):
+    def fit(share, penalty, steps):
         """Minimizes the mean cross-entropy over the images whose share is 1, not 0."""
         optimizer = torch.optim.LBFGS(
-            [weight, bias], max_iter=100, tolerance_change=1e-5, line_search_fn="strong_wolfe"
+            [weight, bias], max_iter=steps, tolerance_change=1e-5, line_search_fn="strong_wolfe"
         )
 
         def closure():
@@ -755,13 +755,13 @@ def linear_logits(train_x, train_y, test_x) -> Tensor:
     draw = torch.rand(len(train_x), generator=torch.Generator().manual_seed(0)).to(train_x.device)
     held_out, best = draw < 0.2, (-1.0, 0.0)
     for penalty in (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5):  # each fit starts where the last one ended
-        fit((~held_out).float(), penalty)
+        fit((~held_out).float(), penalty, steps=30)
         with torch.no_grad():
             score = accuracy(logits(train_x[held_out]), train_y[held_out])
         if score < best[0]:
             break
         best = (score, penalty)
-    fit(torch.ones_like(draw), best[1])
+    fit(torch.ones_like(draw), best[1], steps=100)
     return logits(test_x).detach()
 
 
@@ -1326,6 +1326,10 @@ def benchmark(args, device: torch.device) -> dict:
 
 # -------------------------------------------------------------------------------- Command line
 
+# How shapes was found, by the linear probe after 6 epochs: crops from 0.2 on gave 0.79, from 0.35
+# on 0.88; batches of 64, 128 and 256 gave 0.82, 0.88 and 0.88; half the rate 0.88, this one 0.90;
+# projector 256-256-256 0.69, 512-512-512 0.88. Stride 1 instead of 2 in the last convolution of the
+# small network took 9 epochs from 0.95 to 0.99.
 RECIPES = {
     "shapes": dict(
         size=32, crop_scale=0.4, blur=(0.0, 0.0), solarize=(0.0, 0.2), in_memory=True,
