@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import pairwise, product
 from pathlib import Path
@@ -928,8 +928,11 @@ def save_whole(state: dict, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        raise Failure(f"cannot write {path} ({error}); what was there before is whole") from None
+    except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
+        with suppress(OSError):
+            part.unlink()
+        reason = error if isinstance(error, OSError) else "is the disk full?"
+        raise Failure(f"cannot write {path} ({reason}); what was there before is whole") from None
 
 
 def load_weights(path: Path) -> dict:
