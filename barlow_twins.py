@@ -680,12 +680,12 @@ def extract_features(backbone: nn.Module, images, device, workers=0, most=None) 
     training, features, error = backbone.training, None, None
     backbone.eval()
     try:
-        for i, batch in zip(
-            own.split(500), batches(images, own.split(500), device, workers), strict=True
-        ):
+        places = torch.arange(share).split(500)
+        shares = batches(images, own.split(500), device, workers)
+        for place, batch in zip(places, shares, strict=True):
             x = backbone(normalize(batch).contiguous(memory_format=torch.channels_last))
             features = x.new_empty(share, x.shape[1]) if features is None else features
-            features[i - own[0]] = x
+            features[place] = x
     except Failure as failure:
         error = failure
     fail_together(error)

@@ -189,7 +189,9 @@ def distributed_gradients(rank, world, address, x_a, x_b, queue):
     z_a, z_b = (bt.gather_batch(model(x.chunk(world)[rank])) for x in (x_a, x_b))
     loss = bt.barlow_twins_loss(z_a, z_b)
     loss.backward()
-    queue.put((rank, loss.item(), [p.grad.tolist() for p in model.parameters()]))
+    features = bt.extract_features(nn.Flatten(), some_images(20), torch.device("cpu"))
+    grads = [p.grad.tolist() for p in model.parameters()]
+    queue.put((features.sum(1).tolist(), loss.item(), grads))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -205,7 +207,8 @@ def test_many_processes_act_as_one(world, tmp_path):
     arguments = (world, f"file://{tmp_path}/store", x_a, x_b, queue)
     mp.spawn(distributed_gradients, arguments, nprocs=world)
     for _ in range(world):
-        _, value, grads = queue.get()
+        features, value, grads = queue.get()
+        assert features == pytest.approx(bt.normalize(some_images(20)).sum((1, 2, 3)).tolist())
         assert value == pytest.approx(loss.item(), rel=1e-5)
         for grad, p in zip(grads, model.parameters(), strict=True):
             assert relative(torch.tensor(grad), p.grad) < 1e-5
