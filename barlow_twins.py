@@ -1465,7 +1465,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     if torch.cuda.is_available():
-        bf16 = torch.cuda.is_bf16_supported()
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     args.precision = args.precision or ("bf16" if bf16 else "fp32")
