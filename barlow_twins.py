@@ -1071,8 +1071,8 @@ def train(args, device: torch.device) -> dict:
     model.to(device, memory_format=torch.channels_last)
     optimizer, augments = make_optimizer(model, args), make_augments(args)
     say(
-        f"{args.arch} with projector {args.projector}, {world} process{'es' * (world > 1)} on "
-        f"{device.type} in {args.precision}, batches of {args.batch_size}; all of it goes to {out}"
+        f"network {args.arch} with projector {args.projector}, batches of {args.batch_size}, "
+        f"{world} process{'es' * (world > 1)} on {device.type} in {args.precision}, output in {out}"
     )
 
     # Where it stands: at the beginning, or where the checkpoint says.
@@ -1085,7 +1085,7 @@ def train(args, device: torch.device) -> dict:
         optimizer.load_state_dict(state["optimizer"])
         say(f"going on after {state['epoch']} epochs and {state['step']} steps")
     else:
-        say("judging raw pixels and the untrained backbone, to compare with")
+        say("judging raw pixels and the untrained backbone, to compare with (up to a minute)")
         state = {"settings": settings, "epoch": 0, "step": 0, "seconds": 0.0, "busy": 0.0}
         pixels = nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())
         state["pixels"] = on_first(judge, *features_of(pixels, data, device, args.workers))
@@ -1170,8 +1170,8 @@ def train(args, device: torch.device) -> dict:
             knn, rank = on_first(judge_knn, x, y, val_x, val_y), effective_rank(val_x)
             on_first(log, out, "eval", dict(epoch=epoch + 1, knn=knn, effective_rank=rank))
             say(
-                f"after epoch {epoch + 1}: kNN accuracy {knn:.3f} with {len(x):,} labels, "
-                f"effective rank {rank:.0f} of {x.shape[1]}"
+                f"after epoch {epoch + 1}: kNN accuracy {knn:.3f} with {len(x):,} labels, features "
+                f"fill {rank:.0f} of {x.shape[1]} dimensions"
             )
             if warning := collapse(val_x, rank):
                 say(warning)
