@@ -147,7 +147,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torch
 
 @cache
 def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A value for each channel, (3, 1, 1). Kept, since a GPU would stop for each new one."""
+    """A value for each channel, (3, 1, 1). Kept, since sending a new one waits for the GPU."""
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
@@ -671,7 +671,10 @@ def on_first(function, *args):
 
 
 def next_together(loader, word: int):
-    """The next of the loader and the largest of the processes' words."""
+    """The next of the loader and the largest of the processes' words; a Failure is shared by all.
+
+    At every step, so it exchanges one number, and errors only if there are any.
+    """
     images = error = None
     try:
         images = next(loader)
@@ -926,6 +929,14 @@ def make_augments(args) -> tuple[Augment, Augment]:
     return tuple(Augment(args.size, (args.crop_scale, 1.0), *p) for p in odds)
 
 
+def build(args, device: torch.device) -> tuple:
+    """The seeded model on the device, its optimizer, and T and T'."""
+    torch.manual_seed(args.seed)
+    model = BarlowTwins(args.arch, args.projector, args.small_images)
+    model.to(device, memory_format=torch.channels_last)
+    return model, make_optimizer(model, args), make_augments(args)
+
+
 def distribute(model: nn.Module, args, device: torch.device) -> nn.Module:
     """The model as the processes train it together; its parameters stay where they are."""
     if process_count() > 1 and device.type == "cuda":
@@ -1066,10 +1077,7 @@ def train(args, device: torch.device) -> dict:
             f"the batch size, {args.batch_size}, must be a multiple of the number of processes "
             f"({world}), at least 2 for each, and at most the number of images ({n})"
         )
-    torch.manual_seed(args.seed)
-    model = BarlowTwins(args.arch, args.projector, args.small_images)
-    model.to(device, memory_format=torch.channels_last)
-    optimizer, augments = make_optimizer(model, args), make_augments(args)
+    model, optimizer, augments = build(args, device)
     say(
         f"network {args.arch} with projector {args.projector}, batches of {args.batch_size}, "
         f"{world} process{'es' * (world > 1)} on {device.type} in {args.precision}, output in {out}"
@@ -1212,10 +1220,10 @@ def conclude(model: BarlowTwins, data: Data, state: dict, args, device: torch.de
     for name, scores in (judged | {"trained": trained}).items():
         name = "raw pixels" if name == "pixels" else f"{name} backbone"
         say(f"{name:28}  {scores['linear']:12.3f}   {scores['knn']:.3f}")
-    then = (
-        "--data DIR --recipe quick, with your own images in DIR/train/CLASS/* and DIR/val/CLASS/*"
-    )
-    if args.data != "shapes":
+    if args.data == "shapes":
+        then = "--data DIR --recipe quick, with your own images in DIR/train/CLASS/* and "
+        then += "DIR/val/CLASS/*"
+    else:
         then = f"--data {args.data} --recipe {args.recipe} --evaluate {out / 'backbone.pt'}"
     say(
         f"in {out}: backbone.pt to go on with, log.jsonl, and views.png, correlation.png and "
@@ -1289,10 +1297,7 @@ def benchmark(args, device: torch.device) -> dict:
         say(f"{failure}\nso these are random images")
         images = torch.randint(256, (2 * n, 3, args.size, args.size), dtype=torch.uint8)
     images = images.to(device) if isinstance(images, Tensor) else images
-    torch.manual_seed(args.seed)
-    model = BarlowTwins(args.arch, args.projector, args.small_images)
-    model.to(device, memory_format=torch.channels_last)
-    optimizer, augments = make_optimizer(model, args), make_augments(args)
+    model, optimizer, augments = build(args, device)
     net, marks, times = distribute(model, args, device), [], {}
 
     def mark(name: str) -> None:

@@ -5,6 +5,7 @@
 No network and no GPU is needed; images are made on the spot.
 """
 
+import itertools
 import json
 import math
 import os
@@ -180,6 +181,25 @@ def test_bad_shapes_are_refused():
 def linear_model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 16, bias=False))
+
+
+def failing_once(rank):
+    if rank == 1:
+        raise bt.Failure("of process 1")
+
+
+def share_words_and_failures(rank, world, address):
+    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=world)
+    assert bt.next_together(iter([5]), rank) == (5, world - 1)
+    for fail in (failing_once, lambda r: bt.next_together(map(failing_once, [r]), 0)):
+        with pytest.raises(bt.Failure, match="of process 1"), bt.together():
+            fail(rank)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_a_failure_of_one_process_is_raised_on_all(tmp_path):
+    mp.spawn(share_words_and_failures, (2, f"file://{tmp_path}/store"), nprocs=2)
 
 
 def distributed_gradients(rank, world, address, x_a, x_b, queue):
@@ -358,6 +378,16 @@ def test_views_are_deterministic_and_independent():
     a, b = bt.two_views(crops, bt.Augment(32), bt.Augment(32))
     assert a.shape == b.shape == (32, 3, 32, 32)
     assert F.cosine_similarity(a.mean((1, 3)), b.mean((1, 3)).flip(1)).mean() > 0.9
+
+    def called(images, crop):
+        return images, crop
+
+    for given, expected, crop in [
+        (crops, (images, images.flip(2)), False),
+        (images, (images,) * 2, True),
+    ]:
+        for (seen, asked), view in zip(bt.two_views(given, called, called), expected, strict=True):
+            assert torch.equal(seen, view) and asked is crop
 
 
 # ------------------------------------------------------------------- Network, optimizer, data
@@ -654,8 +684,18 @@ def test_crops_from_files_depend_on_seed_epoch_and_index_alone(folder):
     first = [crops[i] for i in (3, 4)]
     assert first[0].shape == (2, 3, 32, 32) and not torch.equal(*first[0])
     assert torch.equal(crops[4], first[1]) and torch.equal(crops[3], first[0])
-    crops.epoch = 1
+    args = bt.parse_arguments(["--batch-size", "50", "--workers", "0"])
+    rest = list(bt.batches_of_epoch(crops, 1, 1, args, torch.device("cpu")))
+    assert crops.epoch == 1 and [batch.shape for batch in rest] == [(50, 2, 3, 32, 32)]
     assert not torch.equal(crops[3], first[0])
+
+
+@pytest.mark.parametrize("capabilities, precision", [({"avx512_bf16": True}, "bf16"), ({}, "fp32")])
+def test_bf16_is_the_default_where_the_cpu_has_it(capabilities, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert bt.parse_arguments([]).precision == precision
+    assert bt.parse_arguments(["--precision", "fp32"]).precision == "fp32"
 
 
 def test_sixteen_bit_images_keep_their_range(tmp_path):
@@ -822,20 +862,19 @@ def test_files_of_every_origin_can_be_evaluated(tmp_path, folder, capfd):
 
 def test_benchmark_prints_a_table_and_a_json_line(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock) / 100)
     bt.main(["--benchmark", "--data", "cifar10", "--data-dir", "/dev/null", *TINY])
     *table, last = capfd.readouterr().out.partition("milliseconds")[2].splitlines()
-    rows = {row[:16].strip(): [float(ms) for ms in row[16:].split()] for row in table[1:]}
+    rows = {row[:16].strip(): float(row[16:24]) for row in table[1:]}
     result = json.loads(last)
     parts = ("load", "views", "forward", "loss", "backward", "optimizer")
-    whole, (_, least, most) = (
-        rows["whole step"][0],
-        map(sum, zip(*(rows[part] for part in parts), strict=True)),
-    )
-    assert least - 1 < whole < most + 1
+    assert rows["whole step"] == pytest.approx(sum(rows[part] for part in parts)) == 60
     assert result["event"] == "benchmark" and result["recipe"] == "quick"
-    assert result["step_ms"] == pytest.approx(whole, abs=0.1)
+    assert result["step_ms"] == pytest.approx(rows["whole step"], abs=0.1)
     assert result["images_per_second"] == pytest.approx(24_000 / result["step_ms"])
-    assert result["step_over_limit"] > 0.5 and 0 < result["loss_share"] < 1
+    assert result["step_over_limit"] == pytest.approx(6)
+    assert result["loss_share"] == pytest.approx(1 / 6)
 
 
 def test_a_collapsed_representation_is_noticed():
