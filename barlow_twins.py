@@ -184,9 +184,12 @@ def resize_weights(start: Tensor, length: Tensor, size: int, total: int) -> Tens
     scale = length / size
     centre = start + (torch.arange(size, device=start.device).view(-1, 1) + 0.5) * scale
     pixel = torch.arange(total, device=start.device) + 0.5
-    t = ((pixel - centre) / scale.abs().clamp(min=1)).abs().clamp(max=2)
-    near, far = (1 - t).relu(), 2 - t  # the cubic kernel with a = -1/2, in pieces that end softly
-    weights = near * near * (2 * t - 1) + far * far * (0.5 - 0.5 * t)
+    t = ((pixel - centre) / scale.abs().clamp(min=1)).abs_()
+    # The cubic kernel with a = -1/2, times 2, in two pieces that end softly at 2 and at 1.
+    far = (2 - t).relu_()
+    inner = far - 1
+    near = inner.relu()
+    weights = torch.addcmul(far.square_() * inner, near.square(), 2 - 4 * near)
     weights *= (pixel - start - length / 2).abs() < length.abs() / 2
     return weights / weights.sum(-1, keepdim=True)
 
@@ -202,29 +205,26 @@ def resized_crop(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tens
     return (rows.unsqueeze(1) @ x.view(n, c, height, size)).clamp_(0, 1)
 
 
-def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """x (N, 3, H, W) in [0, 1], factor (N, 1, 1, 1); so are those of the next three."""
-    return (x * factor).clamp_(0, 1)
+def blend(x: Tensor, to_mean: Tensor, to_gray: Tensor, factor: Tensor) -> Tensor:
+    """Adjusts the brightness, the contrast (to_mean = 1) or the saturation (to_gray = 1).
 
-
-def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    mean = TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True)
-    return torch.lerp(mean, x, factor).clamp_(0, 1)
-
-
-def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(TF.rgb_to_grayscale(x), x, factor).clamp_(0, 1)
+    x (N, 3, H, W) in [0, 1], the others (N, 1, 1, 1). torchvision's three functions mix an image
+    with black, with its mean gray and with its own gray, so one operation does for all images.
+    """
+    gray = TF.rgb_to_grayscale(x)
+    other = (gray * to_gray).add_(gray.mean((1, 2, 3), keepdim=True) * to_mean)
+    return torch.lerp(other, x, factor).clamp_(0, 1)
 
 
 def adjust_hue(x: Tensor, factor: Tensor) -> Tensor:
-    """Turns the hue by `factor` of the colour circle, in HSV."""
+    """Turns the hue of x (N, 3, H, W) by `factor` (N, 1, 1, 1) of the colour circle, in HSV."""
     value = x.amax(1, keepdim=True)
     chroma = value - x.amin(1, keepdim=True)
     r, g, b = x.split(1, dim=1)
     # In sixths of the circle red lies at 0, green at 2, blue at 4. (With weights of 0 and 1, lerp
     # chooses as `where` does, which takes ten times as long on a CPU.)
-    hue = torch.lerp(4 * chroma + r - g, 2 * chroma + b - r, (value == g).float())
-    hue = torch.lerp(hue, g - b, (value == r).float()) / chroma.clamp(min=1e-12) + 6 * factor
+    hue = torch.lerp(4 * chroma + r - g, 2 * chroma + b - r, value.clone().eq_(g))
+    hue = torch.lerp(hue, g - b, value.clone().eq_(r)) / chroma.clamp(min=1e-12) + 6 * factor
     # A channel has the full value where the hue is within 1 of its own, and falls to
     # value - chroma at a distance of 2.
     distance = hue - channels((0.0, 2.0, 4.0), x.device)
@@ -244,7 +244,35 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     return x.view(n, c, height, width)
 
 
-JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU, on the device, without waiting for it."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def colour_jitter(x: Tensor) -> Tensor:
+    """Changes brightness, contrast, saturation and hue of (N, 3, H, W) in [0, 1].
+
+    Each image by factors and in an order of its own: v2.ColorJitter(0.4, 0.4, 0.2, 0.1).
+    """
+    n = len(x)
+
+    def each(values: Tensor) -> Tensor:  # (3, n): for three operations, a value for each image
+        return send(values.float().view(3, n, 1, 1, 1), x.device)
+
+    order = torch.rand(3, n).argsort(0)  # of brightness (0), contrast (1) and saturation (2)
+    to_mean, to_gray = each(order == 1), each(order == 2)
+    reach = torch.tensor([0.4, 0.4, 0.2])[order]
+    factors = 1 + reach * (2 * torch.rand(3, n) - 1)
+    early = torch.arange(3).view(3, 1) < torch.randint(4, (n,))  # those that come before the hue
+    hue = send(0.1 * (2 * torch.rand(n, 1, 1, 1) - 1), x.device)
+
+    def blends(x: Tensor, mask: Tensor) -> Tensor:
+        chosen = factors.where(mask, 1.0)  # a factor of 1 changes nothing
+        for turn in zip(to_mean, to_gray, each(chosen), strict=True):
+            x = blend(x, *turn)
+        return x
+
+    return blends(adjust_hue(blends(x, early), hue), ~early)
 
 
 class Augment(nn.Module):
@@ -265,40 +293,29 @@ class Augment(nn.Module):
 
     def forward(self, images: Tensor, crop: bool = True) -> Tensor:
         n, _, height, width = images.shape
+        device = images.device
 
         # All is drawn on the CPU: a seed gives the same views on every device, and the device
         # need not be asked which images were chosen.
-        def send(x: Tensor) -> Tensor:
-            x = x.pin_memory() if images.is_cuda else x
-            return x.to(images.device, non_blocking=True)
-
         def chosen(mask: Tensor) -> Tensor:
-            return send(mask.nonzero().squeeze(1))
+            return send(mask.nonzero().squeeze(1), device)
 
         flip = torch.rand(n) < 0.5
         if crop:
             boxes = crop_boxes(n, height, width, self.scale)
-            x = resized_crop(images, send(boxes), send(flip), self.size)
+            x = resized_crop(images, send(boxes, device), send(flip, device), self.size)
         else:
             x = TF.to_dtype(images, torch.float32, scale=True)
             i = chosen(flip)
             x[i] = x[i].flip(3)
-
-        reach = torch.tensor([0.4, 0.4, 0.2, 0.1])
-        factor = send(torch.tensor([1.0, 1.0, 1.0, 0.0]) + reach * (2 * torch.rand(n, 4) - 1))
-        order = torch.rand(n, 4).argsort(1)  # in which each image meets the four operations
-        order[torch.rand(n) >= 0.8] = -1
-        for turn in order.T:
-            for k, adjust in enumerate(JITTER):
-                i = chosen(turn == k)
-                x.index_copy_(0, i, adjust(x[i], factor[i, k].view(-1, 1, 1, 1)))
-
+        i = chosen(torch.rand(n) < 0.8)
+        x[i] = colour_jitter(x.index_select(0, i))
         i = chosen(torch.rand(n) < 0.2)
         x[i] = TF.rgb_to_grayscale(x[i], num_output_channels=3)
         mask, sigma = torch.rand(n) < self.blur, torch.empty(n).uniform_(0.1, 2.0)
         if mask.any():
             i = chosen(mask)
-            x[i] = gaussian_blur(x[i], send(sigma[mask]))
+            x[i] = gaussian_blur(x[i], send(sigma[mask], device))
         i = chosen(torch.rand(n) < self.solarize)
         x[i] = TF.solarize(x[i], threshold=0.5)
         return normalize(x)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -248,16 +249,18 @@ def colourful(n=16):
     return x
 
 
-@pytest.mark.parametrize(
-    "name, low, high",
-    [("brightness", 0, 2), ("contrast", 0, 2), ("saturation", 0, 2), ("hue", -0.5, 0.5)],
-)
-def test_colour_operations_are_torchvisions(name, low, high):
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
+def test_colour_operations_are_torchvisions(name):
     x = colourful()
-    factor = torch.linspace(low, high, len(x))
-    actual = getattr(bt, f"adjust_{name}")(x, factor.view(-1, 1, 1, 1))
+    factor = torch.linspace(-0.5, 0.5, len(x)) if name == "hue" else torch.linspace(0, 2, len(x))
     oracle = getattr(TF, f"adjust_{name}")
     expected = torch.stack([oracle(image, float(f)) for image, f in zip(x, factor, strict=True)])
+    factor = factor.view(-1, 1, 1, 1)
+    if name == "hue":
+        actual = bt.adjust_hue(x, factor)
+    else:
+        mix = (torch.full_like(factor, name == kind) for kind in ("contrast", "saturation"))
+        actual = bt.blend(x, *mix, factor)
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
 
 
@@ -327,7 +330,35 @@ def test_probabilities_of_the_operations():
     assert abs(inverted.double().mean() - 0.3) < 4 * (0.3 * 0.7 / n) ** 0.5
 
 
-def test_jitter_keeps_torchvisions_range_and_order():
+def test_each_image_meets_the_colour_operations_in_an_order_of_its_own(monkeypatch):
+    met, n = [], 2400
+
+    def blend(x, to_mean, to_gray, factor):
+        met.append(((to_mean + 2 * to_gray).flatten().int().tolist(), factor.flatten().tolist()))
+        return x
+
+    def adjust_hue(x, factor):
+        met.append(([3] * n, factor.flatten().tolist()))
+        return x
+
+    monkeypatch.setattr(bt, "blend", blend)
+    monkeypatch.setattr(bt, "adjust_hue", adjust_hue)
+    torch.manual_seed(0)
+    bt.colour_jitter(torch.zeros(n, 3, 1, 1))
+    orders, factors = Counter(), [[], [], [], []]
+    for image in range(n):
+        own = [(kinds[image], values[image]) for kinds, values in met if values[image] != 1]
+        orders[tuple(kind for kind, _ in own)] += 1
+        for kind, factor in own:
+            factors[kind].append(factor)
+    assert set(orders) == set(itertools.permutations(range(4)))
+    assert max(abs(count - n / 24) for count in orders.values()) < 4 * (n / 24) ** 0.5
+    for drawn, middle, reach in zip(factors, (1, 1, 1, 0), (0.4, 0.4, 0.2, 0.1), strict=True):
+        assert min(drawn) == pytest.approx(middle - reach, abs=0.01)
+        assert max(drawn) == pytest.approx(middle + reach, abs=0.01)
+
+
+def test_jitter_changes_colours_as_torchvisions():
     """The mean colours of many views of one image are those of torchvision's own pipeline."""
     torch.manual_seed(0)
     n = 3000
