@@ -103,9 +103,23 @@ def loss_terms(z_a: Tensor, z_b: Tensor, redundancy: str = "cross") -> tuple[Ten
         else:
             # ||A^T B||^2 = <A A^T, B B^T> (Garrido et al. 2022, arXiv 2206.02574): two N x N
             # Gram matrices give the same sum as the larger D x D matrix, which is never made.
-            gram = (a @ a.T) * (b @ b.T)
+            gram = _Gram.apply(a) * _Gram.apply(b)
             off_diagonal = gram.sum() / n**2 - diagonal.square().sum()
     return invariance, off_diagonal
+
+
+class _Gram(torch.autograd.Function):
+    """A A^T, whose gradient takes one product where autograd takes one for each of the factors."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor) -> Tensor:
+        ctx.save_for_backward(a)
+        return a @ a.T
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (a,) = ctx.saved_tensors
+        return (grad + grad.T) @ a
 
 
 def _check(z_a: Tensor, z_b: Tensor) -> None:
@@ -612,7 +626,8 @@ def load_data(args) -> Data:
 def batches(images, order, device, workers: int):
     """The images of each tensor of indices in `order`, uint8 (n, ..., 3, H, W), on the device."""
     if isinstance(images, Tensor):
-        yield from (images[i.to(images.device, non_blocking=True)].to(device) for i in order)
+        for i in order:
+            yield images.index_select(0, i.to(images.device, non_blocking=True)).to(device)
     else:
         loader = DataLoader(
             images,

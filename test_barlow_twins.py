@@ -97,7 +97,8 @@ def test_loss_and_gradient_are_those_of_algorithm_1(n, d, redundancy):
 @pytest.mark.parametrize("n, d", [(5, 3), (3, 5)])
 def test_gradcheck(n, d, redundancy):
     z = [z.double().requires_grad_() for z in two_embeddings(n, d)]
-    assert torch.autograd.gradcheck(lambda a, b: bt.barlow_twins_loss(a, b, 0.3, redundancy), z)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda a, b: bt.barlow_twins_loss(a, b, 0.3, redundancy), z)
 
 
 def test_equal_views_with_decorrelated_units_give_loss_zero():
