@@ -185,23 +185,18 @@ def linear_model():
     return nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 16, bias=False))
 
 
-def failing_once(rank):
-    if rank == 1:
-        raise bt.Failure("of process 1")
-
-
-def share_words_and_failures(rank, world, address):
+def fail_on_one(rank, world, address):
     torch.distributed.init_process_group("gloo", address, rank=rank, world_size=world)
-    assert bt.next_together(iter([5]), rank) == (5, world - 1)
-    for fail in (failing_once, lambda r: bt.next_together(map(failing_once, [r]), 0)):
-        with pytest.raises(bt.Failure, match="of process 1"), bt.together():
-            fail(rank)
+    assert bt.agree(rank) == world - 1
+    with pytest.raises(bt.Failure, match="of process 1"), bt.together():
+        if rank == 1:
+            raise bt.Failure("of process 1")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 def test_a_failure_of_one_process_is_raised_on_all(tmp_path):
-    mp.spawn(share_words_and_failures, (2, f"file://{tmp_path}/store"), nprocs=2)
+    mp.spawn(fail_on_one, (2, f"file://{tmp_path}/store"), nprocs=2)
 
 
 def distributed_gradients(rank, world, address, x_a, x_b, queue):
