@@ -445,6 +445,8 @@ def test_network_layout():
     assert (
         small(torch.randn(2, 3, 32, 32)).shape == small(torch.randn(2, 3, 64, 48)).shape == (2, 7)
     )
+    x = torch.randn(2, 5, 4, 3)
+    torch.testing.assert_close(bt.GlobalAveragePool()(x), F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0])
     for arch, projector in [("vgg11", "8-8"), ("resnet18", "8-"), ("small", "0"), ("small", "a")]:
         with pytest.raises(ValueError, match=projector if arch == "small" else "arch|projector"):
             bt.BarlowTwins(arch, projector)
