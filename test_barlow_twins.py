@@ -893,6 +893,13 @@ def test_benchmark_prints_a_table_and_a_json_line(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     clock = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock) / 100)
+    more, step = [], bt.training_step
+
+    def spy(model, optimizer, views, args, *rest, **marks):
+        more.append(rest)
+        return step(model, optimizer, views, args, *rest, **marks)
+
+    monkeypatch.setattr(bt, "training_step", spy)
     bt.main(["--benchmark", "--data", "cifar10", "--data-dir", "/dev/null", *TINY])
     *table, last = capfd.readouterr().out.partition("milliseconds")[2].splitlines()
     rows = {row[:16].strip(): float(row[16:24]) for row in table[1:]}
@@ -904,6 +911,10 @@ def test_benchmark_prints_a_table_and_a_json_line(tmp_path, monkeypatch, capfd):
     assert result["images_per_second"] == pytest.approx(24_000 / result["step_ms"])
     assert result["step_over_limit"] == pytest.approx(6)
     assert result["loss_share"] == pytest.approx(1 / 6)
+    z = torch.randn(2, 6, 4, requires_grad=True)
+    (terms,) = more[1]
+    sum(terms(*z, "cross")).backward()
+    assert z.grad.std(1).min() > 0  # BatchNorm would cancel a gradient that is equal for all images
 
 
 def test_a_collapsed_representation_is_noticed():
