@@ -1,6 +1,5 @@
 """What the paper promises and what the command line must do, each against an independent oracle."""
 
-import itertools
 import json
 import math
 import os
@@ -67,11 +66,10 @@ def test_loss_and_gradient_are_those_of_algorithm_1(n, d, redundancy):
 
 
 def test_wide_embeddings_never_make_the_d_by_d_matrix():
-    n, d = 64, 2048
-    z = [z.requires_grad_() for z in two_embeddings(n, d)]
+    z = [z.requires_grad_() for z in two_embeddings(64, 2048)]
     with FlopCounterMode(display=False) as flops:
         bt.barlow_twins_loss(*z).backward()
-    assert flops.get_total_flops() <= 6 * 2 * n * n * d  # the explicit form takes 3 * 2 * n * d * d
+    assert flops.get_total_flops() <= 6 * 2 * 64 * 64 * 2048  # 16 times less than with C
 
 
 def test_dead_units_are_harmless_and_bad_embeddings_refused():
@@ -107,8 +105,7 @@ def distributed_gradients(rank, world, address, x, queue):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_many_processes_act_as_one(world, tmp_path):
-    x = torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(0))
-    x += torch.arange(12).view(12, 1) // 4  # the means of the processes differ
+    x = torch.randn(2, 12, 12) + torch.arange(12).view(12, 1) // 4  # the processes' means differ
     model, queue = linear_model(), mp.get_context("spawn").SimpleQueue()
     loss = bt.barlow_twins_loss(*(bt.gather_batch(z) for z in model(x)))
     loss.backward()
@@ -153,31 +150,55 @@ def largest_gap(a, b):
     return float(gap.abs().max()) / (1.95 * (2 / len(a)) ** 0.5)
 
 
+def test_crop_boxes_are_distributed_as_torchvisions():
+    crop, image = v2.RandomResizedCrop(32, (0.08, 1.0)), torch.empty(3, 32, 48)
+    drawn = [crop.make_params([image]) for _ in range(4000)]
+    theirs = torch.tensor([[d[k] for k in ("top", "left", "height", "width")] for d in drawn])
+    both = []
+    for boxes in (bt.crop_boxes(4000, 32, 48, (0.08, 1.0)), theirs):
+        top, left, h, w = boxes.double().unbind(1)
+        assert (top + h <= 32).all() and (left + w <= 48).all()
+        both.append([h * w, w / h, top / (33 - h), left / (49 - w)])
+    assert all(largest_gap(a, b) < 1 for a, b in zip(*both, strict=True))
+
+
 @pytest.mark.parametrize("blur, solarize", [(0.0, 0.0), (0.5, 0.0), (0.0, 0.3)])
 def test_views_are_distributed_as_torchvisions(blur, solarize):
-    """Corners and contrast of many views of one image, against torchvision's whole pipeline."""
     torch.manual_seed(0)
-    ramp = torch.linspace(0, 1, 20) + torch.linspace(0, 1, 30).view(-1, 1)
-    image = (ramp * torch.tensor([120, 80, 40]).view(3, 1, 1)).byte()
+    bar = torch.tensor([4, 4, 4, 4, 4, 4, 1, 1, 1, 1, 1, 1]).expand(3, 12, 12)
+    image = (bar * torch.tensor([60, 40, 20]).view(3, 1, 1)).byte()
     jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8)
-    steps = [v2.RandomResizedCrop(12, (0.2, 1.0)), v2.RandomHorizontalFlip(), jitter]
-    steps += [v2.RandomGrayscale(0.2), v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], blur)]
+    steps = [v2.RandomHorizontalFlip(), jitter, v2.RandomGrayscale(0.2)]
+    steps += [v2.RandomApply([v2.GaussianBlur(23, (0.1, 2.0))], blur)]
     pipeline = v2.Compose([*steps, v2.RandomSolarize(0.5, solarize)])
     theirs = torch.stack([pipeline(image / 255) for _ in range(4000)])
-    augment = bt.Augment(12, (0.2, 1.0), blur, solarize)
-    ours = torch.cat([augment(image.expand(4, 3, 30, 20)) for _ in range(1000)])
+    augment = bt.Augment(12, None, blur, solarize)
+    ours = torch.cat([augment(image.expand(4, 3, 12, 12)) for _ in range(1000)])
     ours = ours * torch.tensor(bt.STD).view(3, 1, 1) + torch.tensor(bt.MEAN).view(3, 1, 1)
-    assert (ours[::4] - ours[1::4]).abs().amax((1, 2, 3)).min() > 1e-3  # each draws for itself
-    assert largest_gap(ours.std((1, 2, 3)), theirs.std((1, 2, 3))) < 1
-    for c, i, j in itertools.product((0, 2), (0, 11), (0, 11)):
-        assert largest_gap(ours[:, c, i, j], theirs[:, c, i, j]) < 1
+    rates = []
+    for x in (ours, theirs):
+        gray = (x.amax(1) - x.amin(1)).amax((1, 2)) < 1e-4
+        plain = (x[:, 0] - 3 * x[:, 2]).abs().amax((1, 2)) < 1e-3  # neither jittered nor gray
+        rates.append([gray.double().mean(), plain.double().mean()])
+        assert gray.view(1000, 4).all(1).double().mean() < 0.02  # each image draws for itself
+    assert (torch.tensor(rates[0]) - torch.tensor(rates[1])).abs().max() < 0.03
+    for c, i in [(c, i) for c in (0, 2) for i in (0, 5, 11)]:
+        assert largest_gap(ours[:, c, 6, i], theirs[:, c, 6, i]) < 1
+
+
+def test_jitter_comes_in_every_order(monkeypatch):
+    calls = []
+    for name in ("brightness", "contrast", "saturation", "hue"):
+        monkeypatch.setattr(bt, f"adjust_{name}", lambda x, f, name=name: calls.append(name) or x)
+    for _ in range(400):
+        bt.color_jitter(torch.zeros(1))
+    assert len({tuple(calls[i : i + 4]) for i in range(0, 1600, 4)}) == 24
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_on_a_gpu_never_waits_and_its_views_are_as_on_the_cpu():
     device, images = torch.device("cuda"), bt.shapes(256, seed=3)[0]
-    args = bt.parse_arguments(["--blur", "0.5", "0.5"])
-    model, _, optimizer, augment_a, augment_b = bt.build(args, device)
+    model, _, optimizer, augment_a, augment_b = bt.build(bt.parse_arguments([]), device)
     order = [torch.arange(256, device=device)] * 3
     for step, (crops, _) in enumerate(bt.batches(images.to(device), order, device, 0)):
         torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first warms up
@@ -223,13 +244,6 @@ def test_lars_is_the_update_written_out():
         torch.testing.assert_close([w.detach() for w in weights], expected)
 
 
-def test_shapes():
-    (x, y), again, other = (bt.shapes(3000, seed=seed) for seed in (1, 1, 2))
-    assert x.shape == (3000, 3, 32, 32) and x.dtype == torch.uint8 and y.dtype == torch.int64
-    assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and not torch.equal(x, other[0])
-    assert len(y.bincount()) == len(bt.SHAPES) == 10 and y.bincount().min() > 200
-
-
 # ---------------------------------------------------------------------------------- Evaluation
 def test_knn_is_the_weighted_vote_written_out():
     (x, test_x), (y, test_y) = torch.randn(2, 1300, 6).add(0.5), torch.randint(5, (2, 1300))
@@ -252,10 +266,8 @@ def test_linear_probe_is_as_good_as_the_best_linear_rule():
 
 
 def test_effective_rank():
-    x = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0))
-    assert bt.effective_rank(x) == pytest.approx(16, rel=0.01)
-    assert bt.effective_rank(x[:, :3] @ torch.randn(3, 64)) < 3.1
-    assert bt.effective_rank(torch.zeros(100, 8)) < 1.1
+    x = torch.randn(4000, 16)
+    assert abs(bt.effective_rank(x) - 16) < 0.1 and bt.effective_rank(0 * x) < 1.1
 
 
 # -------------------------------------------------------------------------------- Command line
@@ -265,7 +277,6 @@ TINY = ["--recipe", "quick", "--projector", "16-16", "--batch-size", "24", "--wo
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """120 + 40 drawings of two classes, of several sizes and modes, in ImageNet's layout."""
     root = tmp_path_factory.mktemp("images")
     for part, n in (("train", 120), ("val", 40)):
         for i, (x, y) in enumerate(zip(*bt.shapes(n, seed=n), strict=True)):
@@ -282,7 +293,6 @@ def run(*arguments):
 
 
 def refused(capfd, code, *arguments):
-    """The one sentence on stderr with which the program ends."""
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
     error = capfd.readouterr().err
@@ -297,17 +307,16 @@ def read_log(out):
 
 
 def test_shapes_run(tmp_path, monkeypatch):
-    draw = bt.shapes
-    monkeypatch.setattr(bt, "shapes", lambda n, seed, size: draw(n // 50, seed, size))
-    run("--epochs", 2, "--batch-size", 100, "--labels", 100, "--out", tmp_path / "run")
-    log = read_log(tmp_path / "run")
+    monkeypatch.setattr(bt, "shapes", lambda n, *how, draw=bt.shapes: draw(n // 50, *how))
+    run("--epochs", 2, "--batch-size", 100, "--labels", 100, "--out", tmp_path)
+    log = read_log(tmp_path)
     assert [line["event"] for line in log] == ["config", *["train", "eval"] * 2, "result"]
     scores = {f"{a}{b}" for a in ("knn", "linear") for b in ("", "_untrained", "_pixels")}
     others = "event data labels epochs seconds images_per_second loss effective_rank"
     assert set(log[-1]) == scores | set(others.split())
     assert log[-1]["labels"] == 100 and all(0 <= log[-1][key] <= 1 for key in scores)
-    names = "log.jsonl checkpoint.pt backbone.pt views.png correlation.png neighbours.png"
-    assert {path.name for path in (tmp_path / "run").iterdir()} == set(names.split())
+    names = "backbone.pt checkpoint.pt correlation.png log.jsonl neighbours.png views.png"
+    assert " ".join(sorted(path.name for path in tmp_path.iterdir())) == names
 
 
 def test_cifar10_run(tmp_path, monkeypatch):
@@ -361,7 +370,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, folder):
         victim.kill()
     assert torch.load(parts / "checkpoint.pt")["epoch"] < 30
     run(*arguments, parts)
-    a, b = (torch.load(out / "checkpoint.pt")["model"] for out in (whole, parts))
+    a, b = (torch.load(out / "backbone.pt") for out in (whole, parts))
     assert all(torch.equal(a[key], b[key]) and a[key].isfinite().all() for key in a)
 
 
@@ -391,16 +400,14 @@ BAD_INPUT = """
 
 @pytest.mark.parametrize("line", BAD_INPUT.strip().splitlines())
 def test_bad_input_is_answered_with_one_sentence(line, tmp_path, monkeypatch, capfd):
-    draw = bt.shapes
-    monkeypatch.setattr(bt, "shapes", lambda n, seed, size: draw(200, seed, size))
+    monkeypatch.setattr(bt, "shapes", lambda n, *how, draw=bt.shapes: draw(200, *how))
     monkeypatch.chdir(tmp_path)
     names = [f"damaged/{part}/cat/no_image.png" for part in ("train", "val")]
     for name in ("file", "empty/train/cat/a.txt", "empty/val/cat/a.txt", *names):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(b"not an image")
     (code, *arguments), says = line.partition("|")[0].split(), line.partition("| ")[2]
-    assert says in refused(capfd, int(code), *arguments)
-    assert not list(tmp_path.rglob("checkpoint.pt"))
+    assert says in refused(capfd, int(code), *arguments) and not list(tmp_path.rglob("*.pt"))
 
 
 class Malicious:
@@ -416,8 +423,7 @@ def test_unfit_checkpoints_are_refused_and_kept(tmp_path, folder, monkeypatch, c
     checkpoint = Path("checkpoint.pt")
     good = checkpoint.read_bytes()
     cases = [(good[: len(good) // 2], "cannot load"), (pickle.dumps(Malicious()), "cannot load")]
-    cases += [(good, "another projector:", "--projector", "8-8")]
-    cases += [(good, "not finite in epoch 2", "--lr-weights", "1e30")]
+    cases += [(good, "projector:", "--projector", "8-8"), (good, "finite", "--lr-weights", "1e30")]
     for content, says, *more in cases:
         checkpoint.write_bytes(content)
         capfd.readouterr()
@@ -430,9 +436,9 @@ def test_files_of_every_origin_can_be_evaluated(tmp_path, folder, capfd):
     small, resnet = bt.BarlowTwins("small", "8"), bt.BarlowTwins("resnet18", "8", False)
     theirs = {f"module.{key}": value for key, value in resnet.state_dict().items()}
     theirs |= {"module.bn.running_mean": torch.zeros(8)}
-    pairs = [{"model": small.state_dict()}, small.backbone.state_dict()]
-    pairs += [{"model": theirs}, resnet.backbone.state_dict() | {"fc.bias": torch.zeros(1000)}]
-    for weights in pairs:
+    whole = resnet.backbone.state_dict() | {"fc.bias": torch.zeros(1000)}
+    small, part = {"model": small.state_dict()}, small.backbone.state_dict()
+    for weights in (small, part, {"model": theirs}, whole):
         torch.save(weights, tmp_path / "weights.pt")
         run(*arguments)
     a, b, c, d = read_log(tmp_path)
@@ -441,10 +447,3 @@ def test_files_of_every_origin_can_be_evaluated(tmp_path, folder, capfd):
     assert capfd.readouterr().out.count("resnet18, stem for large images") == 2
     torch.save({"weight": torch.zeros(3)}, tmp_path / "weights.pt")
     assert "neither the small backbone nor a torchvision" in refused(capfd, 1, *arguments)
-
-
-def test_benchmark_ends_with_a_line_of_json():
-    command = [sys.executable, SCRIPT.parent / ".github" / "benchmark.py", *TINY]
-    result = json.loads(subprocess.check_output(command).splitlines()[-1])
-    assert result["images_per_second"] == pytest.approx(24_000 / result["step_ms"])
-    assert result["event"] == "benchmark" and 0 < result["loss_share"] < 1
