@@ -650,7 +650,7 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k=200, temperature=0.1):
 
 def linear_accuracy(train_x, train_y, test_x, test_y):
     """Accuracy of a linear probe: a logistic regression on features of mean 0 and mean variance 1
-    with the penalty |w|^2 / 2N. (The paper trains its probe by SGD on augmented crops.) Features
+    with the penalty 0.005 |w|^2. (The paper trains its probe by SGD on augmented crops.) Features
     (N, d), labels (N,); (M, d), (M,)."""
     mean, scale = train_x.mean(0), train_x.var(0).mean().sqrt().clamp(min=1e-12)
     train_x, test_x = (train_x - mean) / scale, (test_x - mean) / scale
@@ -660,7 +660,7 @@ def linear_accuracy(train_x, train_y, test_x, test_y):
 
     def closure():
         optimizer.zero_grad()
-        penalty = probe.weight.square().sum() / (2 * len(train_x))
+        penalty = 0.005 * probe.weight.square().sum()
         loss = F.cross_entropy(probe(train_x), train_y) + penalty
         loss.backward()
         return loss
