@@ -548,7 +548,7 @@ def shapes(n, seed, size=32):
         distance = outline((axis - x) / radius, (axis.view(-1, 1) - y) / radius) * radius
         inside = (0.5 - sign.sign() * distance * size / 2).clamp(0, 1)  # soft edge
         tint = 0.06 * torch.rand(len(x), 3, 1, 1, generator=generator) - 0.03
-        noise = 0.06 * torch.randn(len(x), 3, size, size, generator=generator)
+        noise = 0.11 * torch.randn(len(x), 3, size, size, generator=generator)
         images[i] = (255 * (dark + contrast * inside + tint + noise)).clamp(0, 255).byte()
     return images, labels
 
