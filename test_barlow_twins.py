@@ -360,7 +360,7 @@ def test_training_is_the_loop_written_out(tmp_path, folder):
     for key, value in torch.load(tmp_path / "checkpoint.pt")["model"].items():
         torch.testing.assert_close(value, model.state_dict()[key], rtol=1e-3, atol=1e-4)
     model.backbone.load_state_dict(torch.load(tmp_path / "backbone.pt"))
-    assert model.backbone.eval()(bt.normalize(images)).mean(0).abs().max() < 1e-3  # by update_bn
+    assert model.backbone.eval()(bt.normalize(images)).mean(0).abs().max() < 0.01  # by update_bn
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, folder):
