@@ -81,8 +81,7 @@ def loss_terms(z_a, z_b, redundancy="cross"):
     z_a, z_b: (N, D), the embeddings of the two views; row n of both belongs to image n.
     redundancy: "cross" sums over C, "auto" over the autocorrelation of z_a, as the information
         bottleneck asks for (paper, appendix A).
-    Raises ValueError for another redundancy, and as `standardize` does.
-    """
+    Raises ValueError for another redundancy, and as `standardize` does."""
     if redundancy not in ("cross", "auto"):
         raise ValueError(f'redundancy is "cross" or "auto", not {redundancy!r}')
     with torch.autocast(z_a.device.type, enabled=False):
@@ -106,11 +105,9 @@ def loss_terms(z_a, z_b, redundancy="cross"):
 
 def gather_batch(z):
     """The embeddings of the whole batch: (n, D) per process -> (W * n, D) on each of W processes.
-
     If all compute the same loss of it under DistributedDataParallel, the gradients are those of one
     process with the whole batch, as far as BatchNorm layers are synchronized. n must be the same
-    everywhere. Without a process group it returns z.
-    """
+    everywhere. Without a process group it returns z."""
     if not dist.is_initialized():
         return z
     z, world_size = z.contiguous(), dist.get_world_size()
@@ -134,7 +131,7 @@ def small_backbone():
     rows, columns and colours decorrelate the pixels of a patch, much as the whitening that is the
     first layer of Jordan 2024 (arXiv 2404.00498)."""
     cosines = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
-    patterns = torch.einsum("ic,jy,kx->ijkcyx", cosines, cosines, cosines)
+    patterns = torch.einsum("ic,jy,kx->ijkcyx", cosines, cosines, cosines)  # by frequencies
     gray = patterns[0].flatten(0, 1)
     colours = patterns[1:, [0, 0, 1], [0, 1, 0]].flatten(0, 1)  # the smoothest three of each
     filters = torch.cat([gray, colours, -gray, -colours])  # both signs, since a ReLU follows
@@ -173,8 +170,7 @@ class BarlowTwins(nn.Module):
     projector: widths of its layers, such as "8192-8192-8192"; the last one is D.
     small_images: 3x3 stem without max-pool (SimCLR, arXiv 2002.05709, appendix B.9).
     forward: two views (N, 3, H, W) -> two embeddings (N, D).
-    Raises ValueError for an unknown arch or a malformed projector.
-    """
+    Raises ValueError for an unknown arch or a malformed projector."""
 
     def __init__(self, arch="resnet18", projector="2048-2048-2048", small_images=True):
         super().__init__()
@@ -215,7 +211,7 @@ def crop_boxes(n, height, width, scale, device="cpu"):
     h, w = h.gather(1, first).clamp(1, height), w.gather(1, first).clamp(1, width)
     top = (torch.rand_like(h) * (height - h + 1)).floor()
     left = (torch.rand_like(w) * (width - w + 1)).floor()
-    return torch.cat([top, left, h, w], 1)
+    return torch.cat([top, left, h, w], dim=1)
 
 
 def resize_weights(start, length, size, total):
@@ -276,7 +272,7 @@ def color_jitter(x):
     ]
     for i in torch.randperm(4).tolist():
         adjust, low, high = operations[i]
-        x = adjust(x, torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high))
+        x = adjust(x, x.new_empty(len(x), 1, 1, 1).uniform_(low, high))
     return x
 
 
@@ -287,7 +283,7 @@ def gaussian_blur(x, sigma):
     taps = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.softmax(-0.5 * (taps / sigma).square(), dim=1)
     kernel = kernel.repeat_interleave(c, dim=0).view(n * c, 1, 1, -1)
-    x = F.pad(x, [radius] * 4, "reflect").view(1, n * c, height + 2 * radius, -1)
+    x = F.pad(x, [radius] * 4, mode="reflect").view(1, n * c, height + 2 * radius, -1)
     x = F.conv2d(F.conv2d(x, kernel, groups=n * c), kernel.mT, groups=n * c)
     return x.view(n, c, height, width)
 
@@ -311,7 +307,7 @@ class Augment(nn.Module):
         x = torch.where(coin[1] < 0.8, color_jitter(x), x)
         x = torch.where(coin[2] < 0.2, TF.rgb_to_grayscale(x), x)
         if self.blur:
-            sigma = torch.empty(n, 1, device=x.device).uniform_(0.1, 2.0)
+            sigma = x.new_empty(n, 1).uniform_(0.1, 2.0)
             x = torch.where(coin[3] < self.blur, gaussian_blur(x, sigma), x)
         if self.solarize:
             x = torch.where(coin[4] < self.solarize, torch.minimum(x, 1 - x), x)  # from 0.5 on
@@ -329,8 +325,7 @@ class LARS(torch.optim.Optimizer):
         w <- w - lr * m
 
     (You et al. 2017, arXiv 1708.03888; paper, section 2.2.) Vectors (biases, BatchNorm) get neither
-    the decay nor the factor, which is 1 where either norm is 0.
-    """
+    the decay nor the factor, which is 1 where either norm is 0."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
@@ -360,6 +355,9 @@ def learning_rate(step, steps, warmup):
     return cosine + 0.001 * (1 - cosine)
 
 
+# Fused, since otherwise AdamW makes temporaries as large as all the parameters.
+OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True), "lars": LARS}
+
 # ------------------------------------------------------------------------------------ Training
 
 
@@ -383,9 +381,7 @@ def build(args, device):
     weights = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": args.weight_decay}, {"params": vectors}]
-    # Fused, since otherwise AdamW makes temporaries as large as all the parameters.
-    kinds = {"lars": LARS, "adamw": partial(torch.optim.AdamW, fused=True)}
-    optimizer = kinds[args.optimizer](groups, lr=0.0, weight_decay=0.0)
+    optimizer = OPTIMIZERS[args.optimizer](groups, lr=0.0, weight_decay=0.0)
     scale = None if args.from_files else (args.crop_scale, 1.0)
     chances = zip(args.blur, args.solarize, strict=True)
     augment_a, augment_b = (Augment(args.size, scale, *pair) for pair in chances)
@@ -495,9 +491,7 @@ def train(args, device):
     if rank > 0:
         return
     # BatchNorm has seen distorted views only: its statistics are taken again, of whole images.
-    order = torch.arange(len(images))[:10_000].split(500)
-    whole = batches(labelled[0], order, device, args.workers)
-    update_bn((normalize(batch) for batch, _ in whole), model.backbone)
+    update_bn(whole_images(labelled[0], 10_000, device, args.workers), model.backbone)
     save({key: x.cpu() for key, x in model.backbone.state_dict().items()}, out / "backbone.pt")
     untrained, *_ = build(args, device)  # the seed makes the same weights again
     networks = {"_pixels": nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())}
@@ -629,6 +623,13 @@ def batches(images, order, device, workers):
         yield batch.unbind(1) if batch.ndim == 5 else (batch, batch)
 
 
+def whole_images(images, n, device, workers):
+    """The first n images in batches, float (500, 3, H, W), as the backbone wants them."""
+    order = torch.arange(len(images))[:n].split(500)
+    for batch, _ in batches(images, order, device, workers):
+        yield normalize(batch)
+
+
 # ---------------------------------------------------------------------------------- Evaluation
 
 
@@ -639,8 +640,7 @@ def extract_features(backbone, labelled, device, workers, most=None):
     result = []
     backbone.eval()
     for images, y in (labelled[:2], labelled[2:]):
-        order = torch.arange(len(y[:most])).split(500)
-        x = [backbone(normalize(batch)) for batch, _ in batches(images, order, device, workers)]
+        x = [backbone(x) for x in whole_images(images, len(y[:most]), device, workers)]
         result += [torch.cat(x), y[:most]]
     backbone.train()
     return result
@@ -800,7 +800,7 @@ def parse_arguments(argv=None):
     for name, (kind, meaning, *values) in SETTINGS.items():
         flag, nargs = "--" + name.replace("_", "-"), 2 if isinstance(values[0], tuple) else None
         by_recipe = ", ".join(f"{r} {v}" for r, v in zip(RECIPES, values, strict=True))
-        choices = {"optimizer": ["adamw", "lars"], "redundancy": ["cross", "auto"]}.get(name)
+        choices = {"optimizer": OPTIMIZERS, "redundancy": ["cross", "auto"]}.get(name)
         add(flag, type=kind, nargs=nargs, choices=choices, help=f"{meaning} ({by_recipe})")
     workers = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     add("--workers", type=within(int, 0), default=workers, help="to read files, for each process")
