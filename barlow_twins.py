@@ -10,29 +10,31 @@ stop-gradient. After training the projector is thrown away and the backbone is k
 
 In the paper    Here
 X               images, uint8 (N, 3, H, W)
-T, T'           augment_a, augment_b
+T, T'           two calls of augment
 Y^A, Y^B        view_a, view_b, float (N, 3, size, size)
-f               net: the backbone makes representations (N, d), the projector embeddings of them
+f               net: the backbone makes representations (N, F), the projector embeddings of them
 Z^A, Z^B        z_a, z_b, embeddings (N, D)
 C               cross_correlation(z_a, z_b), (D, D)
-lambda, N, D    lambd, the batch size, the last width of the projector
+lambda          lambd
 
-    torchrun barlow_twins.py                                        # built-in data, a minute
-    torchrun barlow_twins.py --data cifar10 --recipe quick          # CIFAR-10 on a CPU
-    torchrun --nproc-per-node 8 barlow_twins.py --data IMAGENET     # the paper's recipe
+    torchrun barlow_twins.py                                         # built-in data, a minute
+    torchrun barlow_twins.py --data cifar10                          # CIFAR-10, three minutes
+    torchrun barlow_twins.py --data cifar10 --recipe resnet18        # ... on a GPU
+    torchrun --nproc-per-node 8 barlow_twins.py --data imagenet/     # a folder: the paper's recipe
+
+`python barlow_twins.py` is one process. A run writes a log and, after every epoch, a checkpoint,
+from which the same command goes on. All randomness follows from seed, epoch and process. In the end
+a linear probe and kNN judge the backbone, by whole images and their labels.
 """
 
 import argparse
 import json
 import math
 import os
-import random
 import re
+import sys
 import time
-import warnings
-from contextlib import suppress
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -40,230 +42,196 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 from torchvision import datasets, models
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# ------------------------------------------------------------------------------------- Recipes
+# small: for any CPU, found by trying (.github/measured.md).
+# resnet18: for CIFAR-10 on a GPU, as in lightly's benchmark (https://docs.lightly.ai).
+# resnet50: for ImageNet, as the authors (paper, section 2.2, and their code). No gradient passes
+#   between their 16 GPUs, so theirs is 1/16 of the true one, which is used here. LARS makes the
+#   steps of weights independent of such a factor. The rate of biases, 0.0048, is divided by it,
+#   and the weight decay, 1e-6, multiplied.
+
+RECIPES = ("small", "resnet18", "resnet50")
+# fmt: off
+SETTINGS = {
+    #                small          resnet18     resnet50          meaning
+    "arch":         ("small",       "resnet18",  "resnet50",       "small or a torchvision ResNet"),
+    "projector":    ("512-512-512", "2048-2048", "8192-8192-8192", "widths of its layers"),
+    "lambd":        (0.01,          0.005,       0.0051,           "weight of the redundancy term"),
+    "size":         (20,            32,          224,              "side of a view in pixels"),
+    "crop_scale":   (0.4,           0.08,        0.08,             "least part of image in view"),
+    "epochs":       (5,             200,         1000,             "passes over the images"),
+    "batch_size":   (128,           128,         2048,             "images of all processes"),
+    "optimizer":    ("lars",        "sgd",       "lars",           "lars or sgd"),
+    "lr_weights":   (10.0,          0.12,        0.2,              "peak rate for batches of 256"),
+    "lr_biases":    (0.1,           0.12,        0.0003,           "... of biases and BatchNorm"),
+    "weight_decay": (0.0,           5e-4,        1.6e-5,           "weight decay"),
+    "labels":       (10_000,        50_000,      50_000,           "training labels to judge with"),
+    "redundancy":   ("cross",       "cross",     "cross",          "cross or auto, see loss_terms"),
+    "workers":      (0,             0,           8,                "processes to read images"),
+    "seed":         (0,             0,           0,                "makes runs differ"),
+    "data_dir":     ("data",        "data",      "data",           "where CIFAR-10 is or will be"),
+}
+# fmt: on
+
 # ---------------------------------------------------------------------------------------- Loss
 
 
 def standardize(z_a, z_b):
-    """Both (N, D) in float32 or more, each unit with mean 0 and its variance v turned into
-    v / (v + 1e-5), as by BatchNorm without parameters: a constant unit becomes 0. Raises ValueError
-    unless both are (N, D) with N of 2 or more."""
+    """Gives each unit mean 0 and variance 1 over the batch: (N, D), (N, D) -> the same in float32.
+    Raises ValueError unless both have one shape (N, D) with N of 2 or more."""
     if z_a.shape != z_b.shape or z_a.ndim != 2 or len(z_a) < 2:
         raise ValueError(f"embeddings are (N, D), N of 2 or more, not {z_a.shape}, {z_b.shape}")
-    dtype = torch.promote_types(z_a.dtype, torch.float32)
-    return [F.batch_norm(z.to(dtype), None, None, training=True) for z in (z_a, z_b)]
+    # BatchNorm with the eps of the authors' code, which keeps a constant unit at 0.
+    a = F.batch_norm(z_a.float(), None, None, training=True, eps=1e-5)
+    b = F.batch_norm(z_b.float(), None, None, training=True, eps=1e-5)
+    return a, b
 
 
 def cross_correlation(z_a, z_b):
-    """C, (D, D), the correlations of the units of z_a, (N, D), with those of z_b, (N, D) (paper,
-    equation 2). Training only needs sums over it: see `loss_terms`."""
-    with torch.autocast(z_a.device.type, enabled=False):
-        a, b = standardize(z_a, z_b)
+    """C, (D, D), the correlations, from -1 to 1, of the units of z_a, (N, D), with those of z_b,
+    (N, D) (paper, equation 2). To look at: `loss_terms` needs only sums over it."""
+    a, b = standardize(z_a, z_b)
+    with torch.autocast(a.device.type, enabled=False):
         return a.T @ b / len(a)
 
 
+def loss_terms(z_a, z_b, redundancy="cross"):
+    """The two sums of equation 1, sum_i (1 - C_ii)^2 and sum_{i != j} C_ij^2, as float32 scalars.
+
+    z_a, z_b: (N, D), the embeddings of the two views; row n of both belongs to image n.
+    redundancy: "cross" sums over C, as the paper does; "auto" over the autocorrelation of z_a, as
+        its derivation from the information bottleneck asks for (appendix A).
+    Raises ValueError for another redundancy."""
+    if redundancy not in ("cross", "auto"):
+        raise ValueError(f'redundancy is "cross" or "auto", not {redundancy!r}')
+    a, b = standardize(z_a, z_b)
+    n, d = a.shape
+    invariance_term = (1 - (a * b).mean(dim=0)).square().sum()
+    partner = b if redundancy == "cross" else a
+    diagonal = (a * partner).mean(dim=0)
+    with torch.autocast(a.device.type, enabled=False):  # whatever the caller does
+        if d <= n:
+            squares = (a.T @ partner / n).square().sum()
+        else:
+            # ||A^T B||^2 = tr(A^T B B^T A) = tr(A A^T B B^T) = <A A^T, B B^T>. With more units than
+            # images, as in all recipes, these N x N matrices are smaller than C, which is D x D
+            # (Garrido et al. 2022, arXiv 2206.02574).
+            gram = a @ a.T
+            gram_of_partner = partner @ partner.T
+            squares = (gram * gram_of_partner).sum() / n**2
+    redundancy_term = squares - diagonal.square().sum()
+    return invariance_term, redundancy_term
+
+
 def barlow_twins_loss(z_a, z_b, lambd=0.0051, redundancy="cross"):
-    """The loss of a whole batch, a scalar (paper, equation 1). For the arguments and errors see
-    `loss_terms`, which `train` calls itself, to log them."""
+    """Equation 1 of the paper, a float32 scalar, with the arguments of `loss_terms`. (`train` adds
+    the two terms itself, to log them.)"""
     invariance_term, redundancy_term = loss_terms(z_a, z_b, redundancy)
     return invariance_term + lambd * redundancy_term
 
 
-def loss_terms(z_a, z_b, redundancy="cross"):
-    """The two sums of the loss, sum_i (1 - C_ii)^2 and sum_{i != j} C_ij^2, as scalars.
+def loss_floor(n, d, lambd):
+    """What the loss ("cross") of n images and d units cannot go below.
 
-    z_a, z_b: (N, D), the embeddings of the two views; row n of both belongs to image n.
-    redundancy: "cross" sums over C, "auto" over the autocorrelation of z_a, as the information
-        bottleneck asks for (paper, appendix A).
-    Raises ValueError for another redundancy, and as `standardize` does."""
-    if redundancy not in ("cross", "auto"):
-        raise ValueError(f'redundancy is "cross" or "auto", not {redundancy!r}')
-    with torch.autocast(z_a.device.type, enabled=False):
-        a, b = standardize(z_a, z_b)
-        n, d = a.shape
-        diagonal = (a * b).mean(0)
-        invariance_term = (1 - diagonal).square().sum()
-        if redundancy == "auto":
-            b, diagonal = a, a.square().mean(0)
-        if d <= n:
-            c = a.T @ b / n
-            redundancy_term = c.fill_diagonal_(0).square().sum()
-        else:
-            # Every recipe comes here. ||A^T B||^2 = tr(B^T A A^T B) = <A A^T, B B^T>: two N x N
-            # Gram matrices give the sum over the larger D x D matrix, which is never made (Garrido
-            # et al. 2022, arXiv 2206.02574).
-            squares = ((a @ a.T) * (b @ b.T)).sum() / n**2
-            redundancy_term = squares - diagonal.square().sum()
-    return invariance_term, redundancy_term
+    Units are centred, so C has rank n - 1 at most and ||C||^2 >= (tr C)^2 / (n - 1), by
+    Cauchy-Schwarz. With excess = d / (n - 1) - 1 and all C_ii = c, the loss is at least
+    d ((1 - c)^2 + lambd * excess * c^2), which is least at c = 1 / (1 + lambd * excess)."""
+    excess = max(0.0, d / (n - 1) - 1)
+    lambd = min(lambd, 1.0)  # above 1 unequal C_ii may be better: then the floor for 1
+    return lambd * d * excess / (1 + lambd * excess)
 
 
 def gather_batch(z):
-    """The embeddings of the whole batch: (n, D) per process -> (W * n, D) on each of W processes.
-    If all compute the same loss of it under DistributedDataParallel, the gradients are those of one
-    process with the whole batch, as far as BatchNorm layers are synchronized. n must be the same
-    everywhere. Without a process group it returns z."""
-    if not dist.is_initialized():
+    """The embeddings of the whole batch: (n, D) in each of W processes -> (W * n, D) in all.
+
+    Every process computes the same loss of all rows, but sends its gradient through its own rows
+    only. So DistributedDataParallel arrives at the gradient of one process with the whole batch, if
+    BatchNorm is synchronized. n must be the same everywhere; a single process gets its z."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return z
-    z, world_size = z.contiguous(), dist.get_world_size()
-    parts = [torch.empty_like(z) for _ in range(world_size)]
-    dist.all_gather(parts, z.detach())
-    parts[dist.get_rank()] = z  # the only part with a gradient
+    parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, z.detach().contiguous())
+    parts[dist.get_rank()] = z  # with its gradient
     batch = torch.cat(parts)
     if batch.requires_grad:
-        # DistributedDataParallel will average what the processes should add: hence the factor.
-        batch.register_hook(lambda grad: grad * world_size)
+        # DistributedDataParallel averages over the W processes, where a sum is needed: hence W.
+        batch.register_hook(lambda grad: grad * len(parts))
     return batch
 
 
-# ------------------------------------------------------------------------------------- Network
-
-RESNETS = models.list_models(include=["resnet*", "resnext*", "wide_resnet*"])
-
-
-def small_backbone():
-    """Four convolutions for CPUs, (N, 3, H, W) -> (N, 1024). The first is not learned: cosines over
-    rows, columns and colours decorrelate the pixels of a patch, much as the whitening that is the
-    first layer of Jordan 2024 (arXiv 2404.00498)."""
-    cosines = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
-    patterns = torch.einsum("ic,jy,kx->ijkcyx", cosines, cosines, cosines)  # by frequencies
-    gray = patterns[0].flatten(0, 1)
-    colours = patterns[1:, [0, 0, 1], [0, 1, 0]].flatten(0, 1)  # the smoothest three of each
-    filters = torch.cat([gray, colours, -gray, -colours])  # both signs, since a ReLU follows
-    first = Conv2dNormActivation(3, 30, norm_layer=partial(nn.BatchNorm2d, affine=False))
-    first[0].weight = nn.Parameter(filters, requires_grad=False)
-    return nn.Sequential(
-        first,
-        nn.AvgPool2d(2),
-        Conv2dNormActivation(30, 64, stride=2),
-        Conv2dNormActivation(64, 128, stride=2),
-        Conv2dNormActivation(128, 256),
-        nn.AdaptiveAvgPool2d(2),  # 1 x 1 would lose where things are
-        nn.Flatten(),
-        nn.BatchNorm1d(1024, affine=False),
-    )
-
-
-def make_backbone(arch, small_images):
-    """The backbone without a classifier, (N, 3, H, W) -> (N, d), and d."""
-    if arch == "small":
-        return small_backbone(), 1024
-    if arch not in RESNETS:
-        raise ValueError(f"arch is one of small, {', '.join(RESNETS)}, not {arch!r}")
-    backbone = models.get_model(arch, zero_init_residual=True)
-    d, backbone.fc = backbone.fc.in_features, nn.Identity()
-    if small_images:
-        backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        backbone.maxpool = nn.Identity()
-    return backbone, d
-
-
-class BarlowTwins(nn.Module):
-    """Backbone and projector (paper, section 2.2), applied to one view after the other.
-
-    arch: "small", see `small_backbone`, or the name of a torchvision ResNet.
-    projector: widths of its layers, such as "8192-8192-8192"; the last one is D.
-    small_images: 3x3 stem without max-pool (SimCLR, arXiv 2002.05709, appendix B.9).
-    forward: two views (N, 3, H, W) -> two embeddings (N, D).
-    Raises ValueError for an unknown arch or a malformed projector."""
-
-    def __init__(self, arch="resnet18", projector="2048-2048-2048", small_images=True):
-        super().__init__()
-        if not re.fullmatch(r"[1-9]\d{0,4}(-[1-9]\d{0,4})*", projector):
-            raise ValueError(f"projector is made of widths like 512-512-512, not {projector!r}")
-        self.backbone, d = make_backbone(arch, small_images)
-        *hidden, last = map(int, projector.split("-"))
-        layers = []
-        for width in hidden:
-            layers += [nn.Linear(d, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
-            d = width
-        self.projector = nn.Sequential(*layers, nn.Linear(d, last, bias=False))
-
-    def forward(self, view_a, view_b):
-        return self.projector(self.backbone(view_a)), self.projector(self.backbone(view_b))
-
-
 # --------------------------------------------------------------------------------------- Views
-# The operations are torchvision's, but for a batch with a factor of its own for each image, and on
-# the device that trains. Constants are numbers, because a tensor of them would wait for the GPU.
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as torchvision's models use
+# torchvision's operations, but for a batch on the device that trains, each image with parameters
+# of its own. x is float (N, 3, H, W) in [0, 1], a parameter (N, 1, 1, 1).
 
 
-def normalize(images):
-    """uint8 or [0, 1] float (N, 3, H, W) -> float (N, 3, H, W), as the backbone wants them."""
-    x = TF.to_dtype(images, torch.float32, scale=True)
-    return torch.stack([(x[:, i] - MEAN[i]) / STD[i] for i in range(3)], dim=1)
+def uniform(x, low, high):
+    """A random number for each image of x: (N, 1, 1, 1)."""
+    return x.new_empty(len(x), 1, 1, 1).uniform_(low, high)
 
 
-def crop_boxes(n, height, width, scale, device="cpu"):
-    """n boxes (n, 4), as RandomResizedCrop draws them: top, left, height, width in pixels."""
-    area = height * width * torch.empty(n, 10, device=device).uniform_(*scale)
-    ratio = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3)).exp()
-    h, w = (area / ratio).sqrt().round(), (area * ratio).sqrt().round()
-    # The first of ten draws that fits into the image; if none does, what of the first lies in it.
-    first = ((h <= height) & (w <= width)).int().argmax(1, keepdim=True)
-    h, w = h.gather(1, first).clamp(1, height), w.gather(1, first).clamp(1, width)
-    top = (torch.rand_like(h) * (height - h + 1)).floor()
-    left = (torch.rand_like(w) * (width - w + 1)).floor()
-    return torch.cat([top, left, h, w], dim=1)
+def sometimes(p, changed, x):
+    """Each image is taken from `changed` with probability p, else from x."""
+    return torch.where(uniform(x, 0, 1) < p, changed, x)
 
 
-def resize_weights(start, length, size, total):
-    """Matrices (N, size, total) that resize the stretches of `total` pixels that begin at start and
-    have a length, both (N, 1, 1), by the triangles of antialiased bilinear interpolation."""
-    scale = length / size
-    centre = start + scale * (torch.arange(size, device=start.device).view(-1, 1) + 0.5)
-    pixel = torch.arange(total, device=start.device) + 0.5
-    weights = (1 - (pixel - centre).abs() / scale.clamp(min=1)).clamp(min=0)
-    weights = weights * ((pixel > start) & (pixel < start + length))
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def resized_crop(x, boxes, size):
-    """The boxes (N, 4) of the images x (N, 3, H, W), resized: (N, 3, size, size)."""
-    n, c, height, width = x.shape
-    top, left, h, w = boxes.view(n, 4, 1, 1).unbind(1)
-    rows, columns = resize_weights(top, h, size, height), resize_weights(left, w, size, width)
-    x = x.view(n, c * height, width) @ columns.mT
-    return rows.unsqueeze(1) @ x.view(n, c, height, size)
+def crop_and_flip(x, size, scale):
+    """v2.RandomResizedCrop and v2.RandomHorizontalFlip by bilinear interpolation: (N, 3, H, W) ->
+    (N, 3, size, size). A crop's fraction of the area is uniform in `scale`, the ratio of its sides
+    log-uniform from 3/4 to 4/3, or in the part of this range around 1 in which it always fits."""
+    area = uniform(x, *scale)
+    bound = (-area.log()).clamp(max=math.log(4 / 3))  # so that width and height are at most 1
+    ratio = (bound * uniform(x, -1, 1)).exp()
+    width = (area * ratio).sqrt()
+    height = (area / ratio).sqrt()
+    centre_x = (1 - width) * uniform(x, -1, 1)
+    centre_y = (1 - height) * uniform(x, -1, 1)
+    flip = uniform(x, -1, 1).sign()
+    # Point (x, y) of a view is read at matrix @ (x, y, 1) of the image; both reach from -1 to 1.
+    zero = torch.zeros_like(width)
+    matrix = torch.cat([flip * width, zero, centre_x, zero, height, centre_y], dim=1)
+    grid = F.affine_grid(matrix.view(-1, 2, 3), [len(x), 3, size, size], align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def adjust_brightness(x, factor):
-    """x (N, 3, H, W) in [0, 1], factor (N, 1, 1, 1) -> (N, 3, H, W); so do the next three."""
-    return (x * factor).clamp_(0, 1)
+    return (factor * x).clamp(0, 1)
 
 
 def adjust_contrast(x, factor):
-    mean = TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True)
-    return torch.lerp(mean, x, factor).clamp_(0, 1)
+    gray = TF.rgb_to_grayscale(x)
+    return torch.lerp(gray.mean((1, 2, 3), keepdim=True), x, factor).clamp(0, 1)
 
 
 def adjust_saturation(x, factor):
-    return torch.lerp(TF.rgb_to_grayscale(x), x, factor).clamp_(0, 1)
+    gray = TF.rgb_to_grayscale(x, num_output_channels=3)
+    return torch.lerp(gray, x, factor).clamp(0, 1)
 
 
-def adjust_hue(x, factor):
-    value = x.amax(1, keepdim=True)
-    chroma = value - x.amin(1, keepdim=True)
-    r, g, b = x.split(1, dim=1)
-    # In sixths of the colour circle red lies at 0, green at 2, blue at 4.
-    hue = torch.where(value == g, 2 * chroma + b - r, 4 * chroma + r - g)
-    hue = torch.where(value == r, g - b, hue) / chroma.clamp(min=1e-12) + 6 * factor
-    # Within 1 of its own hue a channel has the full value, at a distance of 2 value - chroma. (In
-    # place, since new memory costs a CPU most of the time.)
-    distance = hue - torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)
-    distance.sub_((distance / 6).round_(), alpha=6).abs_()
-    return torch.addcmul(value, chroma, distance.sub_(1).clamp_(0, 1), value=-1)
+def adjust_hue(x, turn):
+    """Adds `turn`, a fraction of the colour circle, to the hue, which as H is in sixths of it. Back
+    to RGB goes f(n) = V - C max(0, min(k, 4 - k, 1)) with k = (n + H) mod 6, value V, chroma C and
+    n = 5, 3, 1 for red, green, blue (Smith 1978; Wikipedia, "HSL and HSV")."""
+    red, green, blue = x.split(1, dim=1)
+    value = x.amax(dim=1, keepdim=True)
+    chroma = value - x.amin(dim=1, keepdim=True)
+    hue = torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
+    hue = torch.where(value == red, green - blue, hue) / chroma.clamp(min=1e-12) + 6 * turn
+    n = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
+    k = (n + hue) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def color_jitter(x):
-    """v2.ColorJitter(0.4, 0.4, 0.2, 0.1) with factors for each image and one order a batch."""
+    """The four operations in one random order for the batch."""
     operations = [
         (adjust_brightness, 0.6, 1.4),
         (adjust_contrast, 0.6, 1.4),
@@ -272,46 +240,98 @@ def color_jitter(x):
     ]
     for i in torch.randperm(4).tolist():
         adjust, low, high = operations[i]
-        x = adjust(x, x.new_empty(len(x), 1, 1, 1).uniform_(low, high))
+        x = adjust(x, uniform(x, low, high))
     return x
 
 
 def gaussian_blur(x, sigma):
-    """Blurs x (N, 3, H, W) by sigma (N, 1) pixels, kernel of 23 (BYOL, 2006.07733, appendix B)."""
-    n, c, height, width = x.shape
-    radius = min(11, height - 1, width - 1)
-    taps = torch.arange(-radius, radius + 1, device=x.device)
-    kernel = torch.softmax(-0.5 * (taps / sigma).square(), dim=1)
-    kernel = kernel.repeat_interleave(c, dim=0).view(n * c, 1, 1, -1)
-    x = F.pad(x, [radius] * 4, mode="reflect").view(1, n * c, height + 2 * radius, -1)
-    x = F.conv2d(F.conv2d(x, kernel, groups=n * c), kernel.mT, groups=n * c)
-    return x.view(n, c, height, width)
+    """Blurs the rows and the columns of x by a matrix for each image; sigma is in pixels."""
+    pixel = torch.arange(x.shape[-1], device=x.device)
+    distance = pixel - pixel.view(-1, 1)
+    # exp(-distance^2 / (2 sigma^2)), divided by its sum
+    kernel = torch.softmax(-0.5 * (distance / sigma).square(), dim=-1)
+    return (kernel @ (kernel @ x).mT).mT
 
 
-class Augment(nn.Module):
-    """One of the two distributions of augmentations, T or T' (paper, section 2.1; BYOL, app. B):
-    uint8 (N, 3, H, W) -> normalized float (N, 3, size, size), where each image draws for itself.
-    scale: least and largest part of it in a crop, None for crops. blur, solarize: probabilities."""
+def normalize(x):
+    """Standardizes the channels by ImageNet's means and deviations, as torchvision's models do."""
+    red, green, blue = x.unbind(dim=1)
+    # By numbers, because a tensor of them would be copied to the GPU, which waits for it.
+    channels = [(red - 0.485) / 0.229, (green - 0.456) / 0.224, (blue - 0.406) / 0.225]
+    return torch.stack(channels, dim=1)
 
-    def __init__(self, size, scale=(0.08, 1.0), blur=0.0, solarize=0.0):
+
+def augment(images, size, scale=(0.08, 1.0), blur=0.0, solarize=0.0):
+    """T or T', which differ in the probabilities of blur and solarization (paper, section 2.1):
+    uint8 (N, 3, H, W) -> normalized float (N, 3, size, size).
+
+    scale: the least and the largest part of an image in a view; None if it is cropped already.
+    Sigma, of the blur, is 0.1 to 2 pixels at a size of 224 (BYOL, arXiv 2006.07733, appendix B),
+    and less in proportion at smaller ones."""
+    # v2.RandomResizedCrop(size, scale) and v2.RandomHorizontalFlip()
+    x = crop_and_flip(images / 255, size, scale or (1.0, 1.0))
+    x = sometimes(0.8, color_jitter(x), x)  # v2.RandomApply([v2.ColorJitter(.4, .4, .2, .1)], 0.8)
+    x = sometimes(0.2, TF.rgb_to_grayscale(x, 3), x)  # v2.RandomGrayscale(0.2)
+    if size > 32:  # in smaller views sigma is below 0.3, which changes nothing
+        sigma = uniform(x, 0.1, 2.0) * size / 224
+        x = sometimes(blur, gaussian_blur(x, sigma), x)  # v2.RandomApply([v2.GaussianBlur], blur)
+    x = sometimes(solarize, torch.minimum(x, 1 - x), x)  # v2.RandomSolarize(0.5, solarize)
+    return normalize(x)
+
+
+# ------------------------------------------------------------------------------------- Network
+
+
+def small_backbone():
+    """Three convolutions with BatchNorm and ReLU: (N, 3, H, W) -> (N, 1024)."""
+    return nn.Sequential(
+        Conv2dNormActivation(3, 64, stride=2),
+        Conv2dNormActivation(64, 128, stride=2),
+        Conv2dNormActivation(128, 256),
+        nn.AdaptiveAvgPool2d(2),  # the mean of each quarter tells where things are
+        nn.Flatten(),
+    )
+
+
+class BarlowTwins(nn.Module):
+    """Backbone and projector (paper, section 2.2): two views (N, 3, H, W) -> z_a, z_b, (N, D).
+
+    arch: "small" or the name of a torchvision ResNet.
+    projector: the widths of its layers, such as "8192-8192-8192"; the last one is D.
+    small_images: 3x3 stem without max-pool (SimCLR, arXiv 2002.05709, appendix B.9)."""
+
+    def __init__(self, arch="resnet18", projector="2048-2048-2048", small_images=True):
         super().__init__()
-        self.size, self.scale, self.blur, self.solarize = size, scale, blur, solarize
+        if arch == "small":
+            self.backbone = small_backbone()
+            width = 1024
+        else:
+            # The authors' choice: residual branches begin at 0.
+            self.backbone = models.get_model(arch, zero_init_residual=True)
+            width = self.backbone.fc.in_features
+            self.backbone.fc = nn.Identity()
+            if small_images:
+                self.backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+                self.backbone.maxpool = nn.Identity()
+        *hidden_widths, d = [int(number) for number in projector.split("-")]
+        layers = []
+        for hidden in hidden_widths:
+            layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
+            width = hidden
+        layers.append(nn.Linear(width, d, bias=False))  # the loss standardizes what comes out
+        self.projector = nn.Sequential(*layers)
 
-    def forward(self, images):
-        n, _, height, width = images.shape
-        x = TF.to_dtype(images, torch.float32, scale=True)
-        if self.scale:
-            x = resized_crop(x, crop_boxes(n, height, width, self.scale, x.device), self.size)
-        coin = torch.rand(5, n, 1, 1, 1, device=x.device)
-        x = torch.where(coin[0] < 0.5, x.flip(3), x)
-        x = torch.where(coin[1] < 0.8, color_jitter(x), x)
-        x = torch.where(coin[2] < 0.2, TF.rgb_to_grayscale(x), x)
-        if self.blur:
-            sigma = x.new_empty(n, 1).uniform_(0.1, 2.0)
-            x = torch.where(coin[3] < self.blur, gaussian_blur(x, sigma), x)
-        if self.solarize:
-            x = torch.where(coin[4] < self.solarize, torch.minimum(x, 1 - x), x)  # from 0.5 on
-        return normalize(x)
+    def forward(self, view_a, view_b):
+        z_a = self.projector(self.backbone(view_a))
+        z_b = self.projector(self.backbone(view_b))
+        return z_a, z_b
+
+
+def build(args):
+    """The network of these settings, with weights drawn by the seed."""
+    torch.manual_seed(args.seed)
+    model = BarlowTwins(args.arch, args.projector, small_images=args.recipe != "resnet50")
+    return model.to(DEVICE, memory_format=torch.channels_last)  # faster for convolutions
 
 
 # ----------------------------------------------------------------------------------- Optimizer
@@ -321,11 +341,12 @@ class LARS(torch.optim.Optimizer):
     """SGD with momentum and steps in proportion to the norm of each layer's weights w:
 
         g <- g + weight_decay * w
-        m <- momentum * m + g * eta * |w| / |g|
+        g <- g * eta * |w| / |g|
+        m <- momentum * m + g
         w <- w - lr * m
 
-    (You et al. 2017, arXiv 1708.03888; paper, section 2.2.) Vectors (biases, BatchNorm) get neither
-    the decay nor the factor, which is 1 where either norm is 0."""
+    (You et al. 2017, arXiv 1708.03888.) As in the authors' code, vectors (biases, BatchNorm) skip
+    the first two lines, and the factor of the second is 1 where either norm is 0."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
@@ -339,127 +360,89 @@ class LARS(torch.optim.Optimizer):
                 g = w.grad
                 if w.ndim > 1:
                     g = g.add(w, alpha=group["weight_decay"])
-                    ratio = group["eta"] * w.norm() / g.norm()
-                    g = g * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
-                m = group["momentum"] * self.state[w].get("momentum", 0.0) + g
-                self.state[w]["momentum"] = m
-                w.add_(m, alpha=-group["lr"])
+                    factor = group["eta"] * w.norm() / g.norm()
+                    g.mul_(torch.where(factor.isfinite() & (factor > 0), factor, 1.0))
+                if w not in self.state:
+                    self.state[w]["m"] = torch.zeros_like(w)
+                m = self.state[w]["m"].mul_(group["momentum"]).add_(g)
+                w.sub_(m, alpha=group["lr"])
 
 
-def learning_rate(step, steps, warmup):
-    """Fraction of the peak rate: linear from 0 over `warmup` steps, then half a cosine from 1
-    towards 0.001 after the last of `steps` steps (paper, section 2.2)."""
-    if step < warmup:
-        return step / warmup
-    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
-    return cosine + 0.001 * (1 - cosine)
+def make_optimizer(args, model):
+    """With two groups, weights and vectors, whose rates `train` sets in every step. LARS decays the
+    weights only, SGD both, as in lightly's benchmark."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    kind = {"lars": LARS, "sgd": torch.optim.SGD}[args.optimizer]
+    groups = [{"params": weights}, {"params": vectors}]
+    return kind(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
 
 
-# Fused, since otherwise AdamW makes temporaries as large as all the parameters.
-OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True), "lars": LARS}
+def learning_rate(epoch, epochs):
+    """Fraction of the peak rate at a moment, such as epoch 2.5 (paper, section 2.2): a linear
+    warm-up of 10 epochs, or of a tenth of shorter runs, then half a cosine from 1 to 0.001."""
+    warmup = min(10, epochs / 10)
+    if epoch < warmup:
+        return epoch / warmup
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (epoch - warmup) / (epochs - warmup))
+    return 0.001 + 0.999 * cosine
+
 
 # ------------------------------------------------------------------------------------ Training
+# From further down: `extract_features` and kNN to watch the training, checkpoint and log.
 
 
 class Failure(Exception):
     """One sentence for the user: what is wrong and what to do. `main` prints it and exits."""
 
 
-def build(args, device):
-    """The seeded model, the same wrapped for several processes, its optimizer, T and T'."""
-    torch.manual_seed(args.seed)
-    model = BarlowTwins(args.arch, args.projector, args.small_images)
-    model.to(device, memory_format=torch.channels_last)
+def train(args, train_set, whole_set, val_set):
+    """Trains a network and returns it with its state: epochs, seconds, images_per_second, loss and
+    floor. train_set is for the views, whole_set (the same images) and val_set for kNN.
+
+    Goes on from the checkpoint in args.out, which it writes after every epoch. Raises Failure if
+    batch size or checkpoint do not fit, and if the loss is not finite."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if args.batch_size % world_size or not 2 * world_size <= args.batch_size <= len(train_set):
+        wanted = f"a multiple of the number of processes, {world_size}, at least 2 for each, and"
+        limit = f"at most that of images, {len(train_set)}"
+        raise Failure(f"--batch-size {args.batch_size} must be {wanted} {limit}")
+    model = build(args)
+    optimizer = make_optimizer(args, model)
+    state = load_checkpoint(args, model, optimizer)
+    if rank == 0:
+        log(args, "config", **vars(args), processes=world_size, torch=torch.__version__)
+    if DEVICE.type == "cuda":  # on CPUs BatchNorm sees the images of its own process only
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
         model.compile()
-    net = model
-    if dist.is_initialized():
-        if device.type == "cuda":  # on CPUs BatchNorm sees the images of its own process only
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        net = nn.parallel.DistributedDataParallel(model)
-    # Biases and BatchNorm get no decay and, in `train`, a rate of their own.
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": args.weight_decay}, {"params": vectors}]
-    optimizer = OPTIMIZERS[args.optimizer](groups, lr=0.0, weight_decay=0.0)
-    scale = None if args.from_files else (args.crop_scale, 1.0)
-    chances = zip(args.blur, args.solarize, strict=True)
-    augment_a, augment_b = (Augment(args.size, scale, *pair) for pair in chances)
-    return model, net, optimizer, augment_a, augment_b
+    net = nn.parallel.DistributedDataParallel(model)
+    sampler = DistributedSampler(train_set, world_size, rank, seed=args.seed, drop_last=True)
+    n = args.batch_size // world_size
+    options = {"num_workers": args.workers, "pin_memory": DEVICE.type == "cuda"}
+    loader = DataLoader(train_set, n, sampler=sampler, drop_last=True, **options)
+    steps = len(loader)
+    scale = None if args.from_files else (args.crop_scale, 1.0)  # files are cropped when read
+    watched = some(whole_set, 2000), some(val_set, 2000)
+    if rank == 0 and state["epochs"] >= args.epochs:
+        print(f"{args.out} holds a run of {state['epochs']} epochs, which is judged again")
 
-
-def save(state, path):
-    """Writes beside the old file and renames, so that at any moment there is a whole one."""
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def load(path):
-    """The dict in a file of torch.save, none of its code run. Raises Failure if that fails."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what foreign files make torch suspect
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # damaged files raise many kinds
-        raise Failure(f"cannot load {path} ({type(error).__name__}): name another file") from None
-
-
-def log(folder, event, **values):
-    """Appends a line to log.jsonl in the folder, which it makes if need be, and prints the same."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.jsonl", "a") as file:
-        file.write(json.dumps({"event": event, **values}) + "\n")
-    texts = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-    print(f"{event}:", ", ".join(texts), flush=True)
-
-
-def train(args, device):
-    """Trains and judges a network. Raises Failure for whatever keeps it from going on."""
-    out, size = Path(args.out), args.batch_size
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    images, labelled = load_data(args, device)
-    steps = len(images) // size
-    if size % world_size or size < 2 * world_size or steps == 0:
-        limits = f"a multiple of the number of processes, {world_size}, at least 2 for each, and"
-        raise Failure(f"--batch-size {size} must be {limits} at most that of images, {len(images)}")
-    model, net, optimizer, augment_a, augment_b = build(args, device)
-    # Whatever stops a run, the same command goes on from the last epoch, if these are the same.
-    checkpoint = out / "checkpoint.pt"
-    fixed = "data recipe size arch projector optimizer weight_decay batch_size seed"
-    settings = {key: vars(args)[key] for key in fixed.split()}
-    state = {"settings": settings, "epoch": 0, "seconds": 0.0}
-    if checkpoint.exists():
-        state = load(checkpoint)
-        changed = [key for key in settings if state.get("settings", {}).get(key) != settings[key]]
-        if changed:
-            raise Failure(f"{checkpoint} is of another {', '.join(changed)}: name another --out")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    if rank == 0:
-        log(out, "config", **vars(args), processes=world_size, torch=torch.__version__)
-        images_a, images_b = next(batches(images, [torch.arange(len(images))[:256]], device, 0))
-        first_views = augment_a(images_a), augment_b(images_b)
-        draw_views(out / "views.png", first_views)
-    warmup = round(min(10, args.epochs / 10) * steps)
-    peaks = [lr * size / 256 for lr in (args.lr_weights, args.lr_biases)]
-    sampler = DistributedSampler(images, world_size, rank, seed=args.seed, drop_last=True)
-    for epoch in range(state["epoch"], args.epochs):
+    for epoch in range(state["epochs"], args.epochs):
         # All randomness of an epoch follows from these two lines, so none of it need be saved.
-        torch.manual_seed(hash((args.seed, epoch, rank)))  # of numbers, which is always the same
+        torch.manual_seed(hash((args.seed, epoch, rank)))  # the hash of integers never varies
         sampler.set_epoch(epoch)
-        order = torch.tensor(list(sampler), device=device).split(size // world_size)[:steps]
-        terms, started = [], time.monotonic()
-        loader = batches(images, order, device, args.workers)
-        for step, (images_a, images_b) in enumerate(loader, start=1):
-            fraction = learning_rate(epoch * steps + step - 1, args.epochs * steps, warmup)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * fraction
-            view_a, view_b = augment_a(images_a), augment_b(images_b)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        sums = torch.zeros(2, device=DEVICE)
+        started = time.monotonic()
+        net.train()
+        for step, (images, _) in enumerate(loader, start=1):
+            rate = args.batch_size / 256 * learning_rate(epoch + (step - 1) / steps, args.epochs)
+            optimizer.param_groups[0]["lr"] = args.lr_weights * rate
+            optimizer.param_groups[1]["lr"] = args.lr_biases * rate
+            images = images.to(DEVICE, non_blocking=True)
+            images_a, images_b = images.unbind(1) if args.from_files else (images, images)
+            view_a = augment(images_a, args.size, scale, blur=1.0, solarize=0.0)  # T
+            view_b = augment(images_b, args.size, scale, blur=0.1, solarize=0.2)  # T'
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.precision == "bf16"):
                 z_a, z_b = net(view_a, view_b)
             z_a, z_b = gather_batch(z_a), gather_batch(z_b)
             invariance, redundancy = loss_terms(z_a, z_b, args.redundancy)
@@ -467,202 +450,155 @@ def train(args, device):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            terms.append(torch.stack([loss, invariance, redundancy]).detach())
-            # Only now and then, because to read the loss is to wait for the GPU.
+            sums += torch.stack([invariance, redundancy]).detach()
+            # Not after every step, because to read the loss is to wait for the GPU.
             if rank == 0 and (step % 100 == 0 or step == steps):
-                means = torch.stack(terms).mean(0).tolist()  # of the epoch so far
-                if not math.isfinite(means[0] + nn.utils.get_total_norm(model.parameters())):
-                    message = f"the loss is not finite in epoch {epoch + 1}: lower --lr-weights and"
-                    raise Failure(f"{message} --lr-biases, then go on from the last checkpoint")
-                values = dict(zip(("loss", "invariance", "redundancy"), means, strict=True))
-                speed = step * size / (time.monotonic() - started)
-                values |= dict(lr=peaks[0] * fraction, images_per_second=speed)
-                log(out, "train", epoch=epoch + 1, step=step, **values)
+                lr = args.lr_weights * rate
+                state |= report(args, model, epoch, step, steps, sums / step, lr, started)
         if rank == 0:
+            state["epochs"] = epoch + 1
             state["seconds"] += time.monotonic() - started
-            state |= dict(epoch=epoch + 1, loss=means[0], model=model.state_dict())
-            state["optimizer"] = optimizer.state_dict()
-            save(state, checkpoint)
-            features = extract_features(model.backbone, labelled, device, args.workers, 2000)
-            knn, dimensions = knn_accuracy(*features, k=20), effective_rank(features[2])
-            log(out, "eval", epoch=epoch + 1, knn=knn, effective_rank=dimensions)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if rank > 0:
-        return
-    # BatchNorm has seen distorted views only: its statistics are taken again, of whole images.
-    update_bn(whole_images(labelled[0], 10_000, device, args.workers), model.backbone)
-    save({key: x.cpu() for key, x in model.backbone.state_dict().items()}, out / "backbone.pt")
-    untrained, *_ = build(args, device)  # the seed makes the same weights again
-    networks = {"_pixels": nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())}
-    networks |= {"_untrained": untrained.backbone, "": model.backbone}
-    scores, features = {}, {}
-    for name, backbone in networks.items():
-        features[name] = extract_features(backbone, labelled, device, args.workers)
-        scores |= {key + name: score for key, score in judge(features[name]).items()}
-    draw_correlation(out / "correlation.png", untrained, model, first_views)
-    draw_neighbours(out / "neighbours.png", labelled, features["_untrained"], features[""])
-    speed = state["epoch"] * steps * size / state["seconds"]
-    result = dict(data=args.data, labels=len(labelled[1]), epochs=state["epoch"])
-    result |= dict(seconds=state["seconds"], images_per_second=speed, loss=state["loss"])
-    log(out, "result", **result, **scores, effective_rank=effective_rank(features[""][2]))
+            state["images_per_second"] = (epoch + 1) * steps * args.batch_size / state["seconds"]
+            save_checkpoint(args, model, optimizer, state)
+            train_features = extract_features(model.backbone, whole_images(watched[0], args))
+            val_features = extract_features(model.backbone, whole_images(watched[1], args))
+            knn = knn_accuracy(*train_features, *val_features, k=20)
+            print(f"epoch {epoch + 1}/{args.epochs}: kNN {knn:.3f}", flush=True)
+            log(args, "eval", epoch=epoch + 1, seconds=state["seconds"], knn=knn)
+    return model, state
 
 
 # ---------------------------------------------------------------------------------------- Data
 
-# Each shape as a function of the plane that is negative inside; the shapes fill about [-1, 1]^2.
-SHAPES = {
-    "disk": lambda u, v: torch.hypot(u, v) - 0.85,
-    "ring": lambda u, v: (torch.hypot(u, v) - 0.7).abs() - 0.2,
-    "square": lambda u, v: torch.maximum(u.abs(), v.abs()) - 0.75,
-    "frame": lambda u, v: (torch.maximum(u.abs(), v.abs()) - 0.65).abs() - 0.18,
-    "triangle": lambda u, v: torch.maximum(v - 0.7, 0.87 * u.abs() - 0.5 * v - 0.43),
-    "diamond": lambda u, v: u.abs() + v.abs() - 0.95,
-    "star": lambda u, v: torch.hypot(u, v) - 0.62 - 0.33 * torch.cos(5 * torch.atan2(u, -v)),
-    "moon": lambda u, v: torch.maximum(torch.hypot(u, v) - 0.9, 0.75 - torch.hypot(u - 0.45, v)),
-    "bars": lambda u, v: torch.maximum((u.abs() - 0.55).abs() - 0.25, v.abs() - 0.9),
-    "hourglass": lambda u, v: torch.maximum(v.abs() - 0.85, u.abs() - v.abs()),
-}
-
 
 def shapes(n, seed, size=32):
-    """n images of the ten SHAPES, uint8 (n, 3, size, size), and their labels, int64 (n,). So much
-    varies that pixels tell little about the class."""
+    """n gray drawings of flowers of 1 to 5 petals, filled or in outline, which are ten classes:
+    images, uint8 (n, 3, size, size), and their labels, int64 (n,)."""
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(len(SHAPES), (n,), generator=generator)
-    # Place (x, y), radius, darkest gray, contrast, and by its sign which side is dark.
-    low = torch.tensor([-0.5, -0.5, 0.4, 0.1, 0.3, -1.0])
-    high = torch.tensor([0.5, 0.5, 0.8, 0.4, 0.5, 1.0])
-    drawn = low + (high - low) * torch.rand(n, 6, generator=generator)
-    axis = (torch.arange(size) + 0.5) / size * 2 - 1
-    images = torch.empty(n, 3, size, size, dtype=torch.uint8)
-    for label, outline in enumerate(SHAPES.values()):
-        i = labels == label
-        x, y, radius, dark, contrast, sign = drawn[i].view(-1, 6, 1, 1, 1).unbind(1)
-        distance = outline((axis - x) / radius, (axis.view(-1, 1) - y) / radius) * radius
-        inside = (0.5 - sign.sign() * distance * size / 2).clamp(0, 1)  # soft edge
-        tint = 0.06 * torch.rand(len(x), 3, 1, 1, generator=generator) - 0.03
-        noise = 0.11 * torch.randn(len(x), 3, size, size, generator=generator)
-        images[i] = (255 * (dark + contrast * inside + tint + noise)).clamp(0, 255).byte()
-    return images, labels
+    labels = torch.randint(10, (n,), generator=generator)
+    petals = (1 + labels % 5).view(n, 1, 1)
+    outlined = (labels >= 5).view(n, 1, 1)
+    left, top, extent, gray, sign = torch.rand(5, n, 1, 1, generator=generator)
+    axis = torch.linspace(-0.5, 1.5, size)
+    x = axis - left  # (n, 1, size), from the centre
+    y = axis.view(size, 1) - top  # (n, size, 1)
+    edge = (0.4 + 0.3 * extent) * (0.7 + 0.3 * torch.cos(petals * torch.atan2(y, x)))
+    distance = torch.hypot(x, y) - edge  # in units of half an image, negative inside
+    distance = torch.where(outlined, distance.abs() - 0.08, distance)
+    inside = torch.sigmoid(-size * distance)  # with a soft edge of about a pixel
+    contrast = 0.4 * (sign - 0.5).sign()
+    drawing = 0.3 + 0.4 * gray + contrast * (inside - 0.5)
+    noise = 0.08 * torch.randn(n, 3, size, size, generator=generator)
+    return (255 * (drawing.unsqueeze(1) + noise)).clamp(0, 255).byte(), labels
 
 
-class Folder(datasets.ImageFolder):
-    """The images in CLASS/ folders, without their labels."""
-
-    def __getitem__(self, index):
-        try:
-            return super().__getitem__(index)[0]
-        except Exception as error:  # Pillow raises many kinds for damaged files
-            raise Failure(f"cannot read the image {self.samples[index][0]}: {error}") from None
+def read_image(path):
+    """The PIL image in a file. Raises Failure, which names the file."""
+    try:
+        return datasets.folder.default_loader(path)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise Failure(f"cannot read the image {path}: {error}") from None
 
 
 def two_crops(crop, image):
-    """Two random crops of a PIL image, uint8 (2, 3, size, size)."""
-    return torch.stack([TF.pil_to_tensor(crop(image)) for _ in range(2)])
+    return torch.stack([crop(image), crop(image)])
 
 
-def load_data(args, device):
-    """Images to train on, and for the judges a tuple: training images, labels (n,) of the first n,
-    validation images, labels (m,). Images are uint8 (N, 3, H, W) on the device, or with
-    args.from_files data sets: of pairs of crops, (2, 3, size, size), to train on, of whole images
-    for the judges. Raises Failure."""
-    side = args.size if args.from_files else max(32, args.size)
+def read_all(dataset):
+    """The images and labels of a data set in memory."""
+    parts = []
+    for images, labels in DataLoader(dataset, 1000, num_workers=os.cpu_count()):
+        parts.append((images.clone(), labels.clone()))  # a worker's tensors keep files open
+    images, labels = zip(*parts, strict=True)
+    return TensorDataset(torch.cat(images), torch.cat(labels))
+
+
+def load_data(args):
+    """Training set, whole training images and whole validation images, each uint8 (3, H, W) and a
+    label. In memory the first two are one. With args.from_files (resnet50 and a folder) images are
+    read when they are needed, those to train on as two random crops, (2, 3, size, size).
+    Raises Failure."""
     if args.data == "shapes":
-        (train, train_y), (val, val_y) = shapes(20_000, 1, side), shapes(5_000, 2, side)
-    elif args.data == "cifar10":
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        if not first:  # the first process of a machine downloads it, while the others wait
-            dist.barrier()
-        try:
-            train, val = (datasets.CIFAR10(args.data_dir, t, download=True) for t in (True, False))
-        except (OSError, RuntimeError) as error:
-            hint = f"put cifar-10-python.tar.gz into {args.data_dir}, or use --data shapes"
-            raise Failure(f"cannot get CIFAR-10 ({error}): {hint}") from None
-        if first and dist.is_initialized():
-            dist.barrier()
-        train_y, val_y = torch.tensor(train.targets), torch.tensor(val.targets)
-        train, val = (torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in (train, val))
-    else:
-        # For 224 pixels this is the usual "resize to 256, take the central 224".
-        around = round(side * 8 / 7) if args.from_files else side
-        bicubic = v2.InterpolationMode.BICUBIC
-        whole = v2.Compose([v2.Resize(around, bicubic), v2.CenterCrop(side), v2.PILToTensor()])
-        crop = v2.RandomResizedCrop(side, (args.crop_scale, 1.0), interpolation=bicubic)
-        try:
-            train, val = (Folder(Path(args.data, part), whole) for part in ("train", "val"))
-            images = Folder(Path(args.data, "train"), partial(two_crops, crop))
-        except OSError as error:
-            wanted = "must be shapes, cifar10 or a folder with train/CLASS/* and val/CLASS/*"
-            raise Failure(f"--data {args.data} {wanted}: {error}") from None
-        if train.classes != val.classes:
-            raise Failure(f"the folders train and val of {args.data} must hold the same classes")
-        for part in (train, val, images):
-            random.Random(0).shuffle(part.samples)  # on disk they lie class by class
-        train_y, val_y = (torch.tensor([y for _, y in part.samples]) for part in (train, val))
-        if not args.from_files:
-            loaders = (DataLoader(part, 100, num_workers=args.workers) for part in (train, val))
-            # Cloned, since each batch of a worker keeps a file descriptor open.
-            train, val = (torch.cat([batch.clone() for batch in loader]) for loader in loaders)
-    if not args.from_files:
-        train, val = train.to(device), val.to(device)
-        images = train
-    return images, (train, train_y[: args.labels].to(device), val, val_y.to(device))
+        train_set = TensorDataset(*shapes(16_000, seed=1))
+        return train_set, train_set, TensorDataset(*shapes(4_000, seed=2))
+    side = around = max(32, args.size)
+    if args.from_files:
+        side, around = 224, 256  # as usual for ImageNet
+    bicubic = v2.InterpolationMode.BICUBIC
+    whole = v2.Compose([v2.Resize(around, bicubic), v2.CenterCrop(side), v2.PILToTensor()])
+    crop = v2.RandomResizedCrop(args.size, (args.crop_scale, 1.0), interpolation=bicubic)
+    crops = partial(two_crops, v2.Compose([crop, v2.PILToTensor()]))
+    try:
+        if args.data == "cifar10":
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+                datasets.CIFAR10(args.data_dir, download=True)
+            if dist.is_initialized():
+                dist.barrier()
+            whole_set = datasets.CIFAR10(args.data_dir, train=True, transform=whole)
+            val_set = datasets.CIFAR10(args.data_dir, train=False, transform=whole)
+        else:
+            train, val = Path(args.data, "train"), Path(args.data, "val")
+            train_set = datasets.ImageFolder(train, crops, loader=read_image)
+            whole_set = datasets.ImageFolder(train, whole, loader=read_image)
+            val_set = datasets.ImageFolder(val, whole, loader=read_image)
+            if whole_set.classes != val_set.classes:
+                raise Failure(f"--data {args.data}: train and val must hold the same classes")
+    except (OSError, RuntimeError) as error:
+        hint = "it is shapes, a folder with train/CLASS/* and val/CLASS/*, or cifar10"
+        archive = "which is downloaded, or unpacked from cifar-10-python.tar.gz in --data-dir"
+        raise Failure(f"cannot use --data {args.data} ({error}): {hint}, {archive}") from None
+    if args.from_files:
+        return train_set, whole_set, val_set
+    whole_set = read_all(whole_set)
+    return whole_set, whole_set, read_all(val_set)
 
 
-def batches(images, order, device, workers):
-    """For each tensor of indices in `order` the images for both views, uint8 (n, 3, H, W) twice:
-    two crops of each if the data set makes them, else the same images twice."""
-    if torch.is_tensor(images):
-        for i in order:
-            yield (images[i.to(device)],) * 2
-        return
-    order, cuda = [i.tolist() for i in order], device.type == "cuda"
-    for batch in DataLoader(images, batch_sampler=order, num_workers=workers, pin_memory=cuda):
-        batch = batch.to(device, non_blocking=True)
-        yield batch.unbind(1) if batch.ndim == 5 else (batch, batch)
+def some(dataset, count):
+    """A part of a data set, drawn at random, but always the same."""
+    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    return Subset(dataset, drawn[:count].tolist())
 
 
-def whole_images(images, n, device, workers):
-    """The first n images in batches, float (500, 3, H, W), as the backbone wants them."""
-    order = torch.arange(len(images))[:n].split(500)
-    for batch, _ in batches(images, order, device, workers):
-        yield normalize(batch)
+def whole_images(dataset, args):
+    """Batches of normalized images, float (n, 3, H, W), and their labels, (n,)."""
+    for images, labels in DataLoader(dataset, 500, num_workers=args.workers):
+        yield normalize(images.to(DEVICE) / 255), labels.to(DEVICE)
 
 
-# ---------------------------------------------------------------------------------- Evaluation
+# ------------------------------------------------------------------------------------- Judging
 
 
 @torch.no_grad()
-def extract_features(backbone, labelled, device, workers, most=None):
-    """Features (n, d) and labels (n,) of the training images, then those of the validation images,
-    (m, d) and (m,), each cut to `most`. For `labelled` see `load_data`."""
-    result = []
+def extract_features(backbone, batches):
+    """Representations (N, F) and labels (N,) from batches of normalized images, (n, 3, H, W), and
+    labels, (n,)."""
     backbone.eval()
-    for images, y in (labelled[:2], labelled[2:]):
-        x = [backbone(x) for x in whole_images(images, len(y[:most]), device, workers)]
-        result += [torch.cat(x), y[:most]]
-    backbone.train()
-    return result
+    features, labels = zip(*[(backbone(x), y) for x, y in batches], strict=True)
+    return torch.cat(features), torch.cat(labels)
 
 
 def knn_accuracy(train_x, train_y, test_x, test_y, k=200, temperature=0.1):
     """Accuracy of a vote of the k nearest training images, weighted by exp(cosine / temperature)
-    (Wu et al. 2018, arXiv 1805.01978, with 0.07). Features (N, d), labels (N,); (M, d), (M,)."""
-    correct, train_x = 0, F.normalize(train_x)
+    (Wu et al. 2018, arXiv 1805.01978). Representations (N, F), labels (N,); (M, F), (M,)."""
+    correct = 0
+    train_x = F.normalize(train_x)
+    # In parts, because M * N cosines may not fit into memory.
     for x, y in zip(F.normalize(test_x).split(1000), test_y.split(1000), strict=True):
-        similarity, nearest = (x @ train_x.T).topk(min(k, len(train_x)))
+        cosine, nearest = (x @ train_x.T).topk(min(k, len(train_x)))
         votes = x.new_zeros(len(x), int(train_y.max()) + 1)
-        votes.scatter_add_(1, train_y[nearest], (similarity / temperature).exp())
-        correct += int((votes.argmax(1) == y).sum())
+        votes.scatter_add_(1, train_y[nearest], (cosine / temperature).exp())
+        correct += int((votes.argmax(dim=1) == y).sum())
     return correct / len(test_y)
 
 
 def linear_accuracy(train_x, train_y, test_x, test_y):
-    """Accuracy of a linear probe: a logistic regression on features of mean 0 and mean variance 1
-    with the penalty 0.005 |w|^2. Features (N, d), labels (N,); (M, d), (M,)."""
-    mean, scale = train_x.mean(0), train_x.var(0).mean().sqrt().clamp(min=1e-12)
-    train_x, test_x = (train_x - mean) / scale, (test_x - mean) / scale
+    """Accuracy of a linear probe, a logistic regression. Representations (N, F), labels (N,);
+    (M, F), (M,). The former are centred and divided by one number, so that their variances average
+    1. The penalty is 0.005 |w|^2: half or twice as much changes little (.github/measured.md)."""
+    mean = train_x.mean(dim=0)
+    scale = train_x.var(dim=0).mean().sqrt().clamp(min=1e-12)
+    train_x = (train_x - mean) / scale
+    test_x = (test_x - mean) / scale
     probe = nn.Linear(train_x.shape[1], int(train_y.max()) + 1, device=train_x.device)
     nn.init.zeros_(probe.weight)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=100, line_search_fn="strong_wolfe")
@@ -674,176 +610,203 @@ def linear_accuracy(train_x, train_y, test_x, test_y):
         return loss
 
     optimizer.step(closure)
-    return float((probe(test_x).argmax(1) == test_y).float().mean())
+    return float((probe(test_x).argmax(dim=1) == test_y).float().mean())
 
 
-def judge(features):
-    """Both accuracies; kNN with k = 200, or a fiftieth of the labels if that is less."""
-    k = max(1, min(200, len(features[1]) // 50))
-    return {"knn": knn_accuracy(*features, k), "linear": linear_accuracy(*features)}
-
-
-def effective_rank(x):
-    """How many dimensions the features (N, d) fill: RankMe (Garrido et al. 2023, 2210.02885)."""
-    singular_values = torch.linalg.eigvalsh(x.double().T @ x.double()).clamp(min=0).sqrt()
-    return float(torch.special.entr(F.normalize(singular_values, p=1, dim=0)).sum().exp())
-
-
-def evaluate(args, device):
-    """Judges the backbone in args.evaluate: `backbone.pt`, `checkpoint.pt`, a file of the authors
-    or the state dict of any torchvision ResNet. The architecture is the one that fits."""
-    weights = load(Path(args.evaluate))
-    weights = {
-        re.sub(r"^(module\.)?(backbone\.)?", "", key): value
-        for key, value in weights.get("model", weights).items()
-        if not re.match(r"(module\.)?(projector|bn|fc)\.", key)
-    }
-    for arch, small_images in product(["small", *RESNETS], [True, False]):
-        with torch.device("meta"):
-            backbone, _ = make_backbone(arch, small_images)
-        with suppress(RuntimeError):  # which says that the weights do not fit
-            backbone.load_state_dict(weights, assign=True)
-            break
-    else:
-        raise Failure(f"{args.evaluate} holds neither the small backbone nor a torchvision ResNet")
-    backbone.to(device, memory_format=torch.channels_last)
-    features = extract_features(backbone, load_data(args, device)[1], device, args.workers)
-    scores = judge(features) | {"effective_rank": effective_rank(features[2])}
-    origin = dict(file=args.evaluate, data=args.data, labels=len(features[1]))
-    log(Path(args.out), "evaluation", **origin, **scores)
+def judge(args, model, whole_set, val_set, state):
+    """Prints and logs the accuracies of raw pixels, the untrained and the trained backbone."""
+    train_set = some(whole_set, args.labels)
+    k = max(1, min(200, len(train_set) // 50))  # at most a fifth of a class, if there are ten
+    pixels = nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())
+    untrained = build(args).backbone
+    # BatchNorm's statistics come from training, so an untrained network gets them here.
+    update_bn(whole_images(some(whole_set, 2000), args), untrained)
+    rows = [("raw pixels", "_pixels", pixels), ("untrained", "_untrained", untrained)]
+    rows.append(("trained", "", model.backbone))
+    scores = {}
+    print("features    linear probe    kNN")
+    for name, suffix, backbone in rows:
+        train_features = extract_features(backbone, whole_images(train_set, args))
+        val_features = extract_features(backbone, whole_images(val_set, args))
+        linear = linear_accuracy(*train_features, *val_features)
+        knn = knn_accuracy(*train_features, *val_features, k)
+        scores |= {f"linear{suffix}": linear, f"knn{suffix}": knn}
+        print(f"{name:10}         {linear:.3f}  {knn:.3f}", flush=True)
+    origin = {"data": args.data, "recipe": args.recipe, "labels": len(train_set)}
+    log(args, "result", **origin, **state, **scores)
 
 
 # ------------------------------------------------------------------------------------ Pictures
 
 
-def save_grid(images, path, columns):
-    """Writes floats (N, 3, H, W) in [0, 1], with sides of at least 64 pixels."""
-    images = TF.resize(images.cpu(), [max(64, images.shape[-1])] * 2, v2.InterpolationMode.NEAREST)
-    save_image(images, path, nrow=columns, pad_value=1.0)
-
-
-def draw_views(path, views):
-    """Pairs of views of the first 32 images."""
-    pairs = torch.stack(views, dim=1)[:32].flatten(0, 1).cpu()
-    std, mean = (torch.tensor(values).view(3, 1, 1) for values in (STD, MEAN))
-    save_grid(pairs * std + mean, path, columns=8)
-
-
 @torch.no_grad()
-def draw_correlation(path, untrained, trained, views):
-    """C of the first 256 units before and after training: blue is -1, white 0, red 1."""
-    c = torch.stack([cross_correlation(*net(*views))[:256, :256] for net in (untrained, trained)])
+def draw_pictures(args, model, train_set):
+    """views.png: pairs of views. correlation.png: C of 256 units before and after training, from -1
+    (blue) over 0 (white) to 1 (red), by 4,096 images, so that chance adds about 1/64 only."""
+    untrained = build(args)
+    model.train()  # BatchNorm by each batch in both, since the untrained one has no statistics
+    drawn = some(train_set, 4096)
+    scale = None if args.from_files else (args.crop_scale, 1.0)
+    embeddings = []
+    options = {"num_workers": args.workers, "drop_last": True}
+    for images, _ in DataLoader(drawn, min(128, len(drawn)), **options):
+        images = images.to(DEVICE)
+        images_a, images_b = images.unbind(1) if args.from_files else (images, images)
+        view_a = augment(images_a, args.size, scale, blur=1.0, solarize=0.0)
+        view_b = augment(images_b, args.size, scale, blur=0.1, solarize=0.2)
+        z = torch.stack([*untrained(view_a, view_b), *model(view_a, view_b)])  # (4, n, D)
+        embeddings.append(z[:, :, :256])
+    before_a, before_b, after_a, after_b = torch.cat(embeddings, dim=1)
+    c = torch.stack([cross_correlation(before_a, before_b), cross_correlation(after_a, after_b)])
     colours = torch.stack([1 + c.clamp(max=0), 1 - c.abs(), 1 - c.clamp(min=0)], dim=1)
-    save_grid(colours, path, columns=2)
-
-
-def draw_neighbours(path, labelled, untrained, trained):
-    """Ten validation images, each with its five nearest training images by the features of the
-    untrained and of the trained network, in green where the class is the same and in red else."""
-    images, y, val, val_y = labelled
-    cells, nearest = [], []
-    for x, _, val_x, _ in (untrained, trained):
-        nearest.append((F.normalize(val_x[:10]) @ F.normalize(x).T).topk(5).indices)
-    for i, neighbours in enumerate(torch.cat(nearest, dim=1).tolist()):
-        cells.append(TF.pad(val[i], 2, 255))
-        for j in neighbours:
-            colour = (0, 200, 0) if y[j] == val_y[i] else (255, 0, 0)
-            cells.append(TF.pad(images[j], 2, colour))
-    save_grid(torch.stack(cells) / 255, path, columns=11)
+    save_image(colours, Path(args.out, "correlation.png"), pad_value=1.0)
+    pairs = torch.stack([view_a, view_b], dim=1)[:32].flatten(0, 1)  # of the last batch
+    save_image(F.interpolate(pairs, 96), Path(args.out, "views.png"), normalize=True)
 
 
 # -------------------------------------------------------------------------------- Command line
 
 
-def within(kind, low, high=1e9):
-    """A type for argparse: a finite number within these bounds."""
-
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, not {text}")
-        return value
-
-    return number
+def log(args, event, **values):
+    """Appends a line to log.jsonl."""
+    with open(Path(args.out, "log.jsonl"), "a") as file:
+        file.write(json.dumps({"event": event, **values}) + "\n")
 
 
-positive, share = within(float, 1e-12, 1e30), within(float, 0, 1)
-RECIPES = "shapes", "quick", "cifar10", "imagenet"
-SETTINGS = {  # the type, the meaning, the values in these recipes (why: .github/measured.md)
-    "arch": (str, "small or any torchvision ResNet", "small", "small", "resnet18", "resnet50"),
-    "projector": (str, "layer widths", "512-512", "512-512", "2048-2048-2048", "8192-8192-8192"),
-    "epochs": (within(int, 1), "passes over the images", 5, 18, 200, 1000),
-    "batch_size": (within(int, 2), "images of all processes together", 128, 128, 256, 2048),
-    "optimizer": (str, "adamw or lars", "adamw", "adamw", "adamw", "lars"),
-    "lr_weights": (positive, "peak learning rate for batches of 256", 8e-3, 6e-3, 2e-3, 0.2),
-    "lr_biases": (positive, "the same for biases and BatchNorm", 8e-3, 6e-3, 2e-3, 0.0048),
-    "weight_decay": (within(float, 0), "decay of the weights", 0.0, 0.0, 1e-4, 1.5e-6),
-    "lambd": (within(float, 0), "weight of the redundancy term", 0.01, 0.01, 0.0051, 0.0051),
-    "redundancy": (str, "cross or auto, see appendix A", "auto", "auto", "cross", "cross"),
-    "size": (within(int, 8), "side of a view in pixels", 20, 24, 32, 224),
-    "crop_scale": (within(float, 1e-6, 1), "least part of an image in a view", 0.4, 0.4, 0.2, 0.08),
-    "blur": (share, "probabilities in T and T'", (0, 0), (0, 0), (0, 0), (1, 0.1)),
-    "solarize": (share, "probabilities in T and T'", (0, 0.2), (0, 0.2), (0, 0.2), (0, 0.2)),
-    "labels": (within(int, 2), "training labels for the judges", 1000, 50_000, 50_000, 50_000),
-}  # fmt: skip
+def report(args, model, epoch, step, steps, terms, lr, started):
+    """Prints and logs the means of the two terms of the loss, (2,), in the steps of an epoch so far
+    -> a dict of loss and floor. Raises Failure if the loss or a weight is not finite."""
+    invariance, redundancy = terms.tolist()
+    seconds = time.monotonic() - started
+    loss = invariance + args.lambd * redundancy
+    if not math.isfinite(loss + nn.utils.get_total_norm(model.parameters())):
+        hint = "choose lower --lr-weights and --lr-biases, and another --out"
+        raise Failure(f"loss or weights are not finite in epoch {epoch + 1}: {hint}")
+    floor = None
+    if args.redundancy == "cross":
+        floor = loss_floor(args.batch_size, model.projector[-1].out_features, args.lambd)
+    floor_text = "" if floor is None else f" (floor {floor:.1f})"
+    minutes = seconds / step * ((args.epochs - epoch) * steps - step) / 60
+    speed = step * args.batch_size / seconds
+    print(
+        f"epoch {epoch + 1}/{args.epochs}: loss {loss:.2f} =",
+        f"{invariance:.2f} + {args.lambd} * {redundancy:.1f}{floor_text},",
+        f"rate {lr:.3g}, {speed:.0f} images/s, {minutes:.1f} minutes left",
+        flush=True,
+    )
+    values = dict(loss=loss, invariance=invariance, redundancy=redundancy, floor=floor, lr=lr)
+    log(args, "train", epoch=epoch + 1, step=step, **values, images_per_second=speed)
+    return {"loss": loss, "floor": floor}
+
+
+def save_checkpoint(args, model, optimizer, state):
+    """Writes beside the old checkpoint and renames, so that there is a whole one at any moment."""
+    path = Path(args.out, "checkpoint.pt")
+    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
+    torch.save({"settings": vars(args), **parts}, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+
+
+def load_checkpoint(args, model, optimizer):
+    """Restores model and optimizer, if there is a checkpoint, and returns its state. Raises Failure
+    if it is damaged or of other settings."""
+    path = Path(args.out, "checkpoint.pt")
+    if not path.exists():
+        return {"epochs": 0, "seconds": 0.0}
+    may_change = ("epochs", "labels", "workers", "compile", "precision", "data_dir", "out")
+    try:
+        parts = torch.load(path, map_location="cpu", weights_only=True)
+        saved = parts["settings"]
+        kept = [key for key in vars(args) if key not in may_change]
+        changed = [key for key in kept if saved[key] != getattr(args, key)]
+        if not changed:
+            model.load_state_dict(parts["model"])
+            optimizer.load_state_dict(parts["optimizer"])
+    except Exception as error:  # damaged files raise many kinds
+        raise Failure(f"cannot load {path} ({type(error).__name__}): name another --out") from None
+    if changed:
+        raise Failure(f"{path} was made with another {', '.join(changed)}: name another --out")
+    return parts["state"]
 
 
 def parse_arguments(argv=None):
     """The flags, completed by the recipe. Bad ones exit with 2."""
-    parser = argparse.ArgumentParser(description="Trains or judges a network by Barlow Twins.")
+    parser = argparse.ArgumentParser(description="Trains and judges a network by Barlow Twins.")
     parser.error = lambda message: parser.exit(2, f"barlow_twins.py: {message}\n")
     add = parser.add_argument
     add("--data", default="shapes", help="shapes, cifar10 or a folder with train/CLASS, val/CLASS")
-    add("--recipe", choices=RECIPES, help="default: shapes, cifar10, or imagenet for a folder")
-    add("--data-dir", default="data", help="where CIFAR-10 is, or is downloaded to")
-    add("--out", help="where to write and to go on, shared by all machines (runs/NAME)")
-    for name, (kind, meaning, *values) in SETTINGS.items():
-        flag, nargs = "--" + name.replace("_", "-"), 2 if isinstance(values[0], tuple) else None
-        by_recipe = ", ".join(f"{r} {v}" for r, v in zip(RECIPES, values, strict=True))
-        choices = {"optimizer": OPTIMIZERS, "redundancy": ["cross", "auto"]}.get(name)
-        add(flag, type=kind, nargs=nargs, choices=choices, help=f"{meaning} ({by_recipe})")
-    workers = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    add("--workers", type=within(int, 0), default=workers, help="to read files, for each process")
-    add("--seed", type=within(int, 0), default=0)
-    add("--compile", action="store_true", help="torch.compile the network")
+    add("--recipe", choices=RECIPES, help="default: small, or resnet50 for a folder")
+    add("--out", help="where to write and to go on, default: runs/DATA-RECIPE")
     add("--precision", choices=["fp32", "bf16"], help="default: bf16 where it is fast")
-    add("--evaluate", metavar="FILE", help="judge the backbone in a file instead, in one process")
+    add("--compile", action="store_true", help="torch.compile the network")
+    resnets = models.list_models(include=["resnet*", "resnext*", "wide_resnet*"])
+    choices = {"arch": ["small", *resnets]}
+    choices |= {"optimizer": ["lars", "sgd"], "redundancy": ["cross", "auto"]}
+    for name, (*values, meaning) in SETTINGS.items():
+        flag = "--" + name.replace("_", "-")
+        by_recipe = ", ".join(f"{r} {v}" for r, v in zip(RECIPES, values, strict=True))
+        add(flag, type=type(values[0]), choices=choices.get(name), help=f"{meaning} ({by_recipe})")
     args = parser.parse_args(argv)
     built_in = args.data in ("shapes", "cifar10")
-    args.recipe = args.recipe or (args.data if built_in else "imagenet")
-    args.out = args.out or f"runs/{Path(args.data).resolve().name}"
-    for key, (_, _, *values) in SETTINGS.items():
-        if getattr(args, key) is None:
-            setattr(args, key, values[RECIPES.index(args.recipe)])
-    args.small_images = args.recipe != "imagenet"
-    args.from_files = not built_in and not args.small_images  # else they are kept in memory
-    bf16 = torch.cpu.get_capabilities().get("avx512_bf16")
-    if torch.cuda.is_available():
+    args.data = str(Path(args.data))  # without a slash at its end
+    args.recipe = args.recipe or ("small" if built_in else "resnet50")
+    args.from_files = args.recipe == "resnet50" and not built_in
+    args.out = args.out or f"runs/{Path(args.data).resolve().name}-{args.recipe}"
+    bf16 = False
+    if hasattr(torch.cpu, "get_capabilities"):  # since torch 2.11
+        bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    if DEVICE.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     args.precision = args.precision or ("bf16" if bf16 else "fp32")
-    try:
-        with torch.device("meta"):
-            BarlowTwins(args.arch, args.projector, args.small_images)
-    except ValueError as error:
-        parser.error(error)
+    for name, values in SETTINGS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[RECIPES.index(args.recipe)])
+        value = getattr(args, name)
+        least = {"epochs": 1, "batch_size": 2, "size": 8, "labels": 10}.get(name, 0)
+        if not isinstance(value, str) and not least <= value < math.inf:
+            parser.error(
+                f"--{name.replace('_', '-')} must be finite and at least {least}, not {value}"
+            )
+    if not 0 < args.crop_scale <= 1:
+        parser.error(f"--crop-scale must be above 0 and at most 1, not {args.crop_scale}")
+    if not re.fullmatch(r"[1-9]\d{0,4}(-[1-9]\d{0,4})*", args.projector):
+        parser.error(f"--projector must be widths like 512-512-512, not {args.projector}")
     return args
 
 
 def main(argv=None):
-    args, device = parse_arguments(argv), torch.device("cpu")
+    """Trains and judges. Prints a Failure as one sentence and exits with 1."""
+    args = parse_arguments(argv)
     try:
-        if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            if device.index >= torch.cuda.device_count():
-                raise Failure(f"there is no GPU for process {device.index}: lower --nproc-per-node")
-            torch.cuda.set_device(device)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        (evaluate if args.evaluate else train)(args, device)
-    except (Failure, OSError) as failure:
-        # From a DataLoader's worker it comes wrapped in the worker's traceback.
-        sentence = str(failure).rsplit("Failure: ")[-1].strip()
-        raise SystemExit(f"barlow_twins.py: {sentence}") from None
+        if DEVICE.type == "cuda":
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            if local_rank >= torch.cuda.device_count():
+                raise Failure(f"there is no GPU for process {local_rank}: lower --nproc-per-node")
+            torch.cuda.set_device(local_rank)
+        backend = "nccl" if DEVICE.type == "cuda" else "gloo"
+        if "RANK" in os.environ:  # started by torchrun
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        first = dist.get_rank() == 0
+        train_set, whole_set, val_set = load_data(args)
+        model, state = train(args, train_set, whole_set, val_set)
+        dist.destroy_process_group()  # the others need not wait while the first one judges
+        if first:
+            weights = {name: x.cpu() for name, x in model.backbone.state_dict().items()}
+            torch.save(weights, Path(args.out, "backbone.pt"))
+            judge(args, model, whole_set, val_set, state)
+            draw_pictures(args, model, train_set)
+            print(f"{args.out} holds backbone.pt, checkpoint.pt, log.jsonl and two pictures")
+    except (Failure, OSError) as error:
+        # A Failure from a DataLoader's worker is wrapped in the worker's traceback.
+        sentence = str(error).rpartition("Failure: ")[2].strip()
+        print(f"barlow_twins.py: {sentence}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,84 +7,76 @@ Images are drawn on the spot, unless --data is a folder whose files are read for
 import json
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import barlow_twins as bt
 
-STEPS, WARM_UP, CUDA = 40, 5, torch.cuda.is_available()
+STEPS, WARM_UP, CUDA = 40, 5, bt.DEVICE.type == "cuda"
+times = {}
 
 
-class Clock(list):
-    """Moments with their names; on a GPU it notes them without waiting."""
-
-    def __call__(self, name):
-        moment = torch.cuda.Event(enable_timing=True) if CUDA else time.perf_counter()
-        if CUDA:
-            moment.record()
-        self.append((name, moment))
-
-    def milliseconds(self):
-        if not CUDA:
-            return {name: 1000 * (end - start) for (_, start), (name, end) in pairwise(self)}
+def clock(name, start):
+    """Notes under a name the milliseconds since start, and returns the moment."""
+    if CUDA:
         torch.cuda.synchronize()
-        return {name: start.elapsed_time(end) for (_, start), (name, end) in pairwise(self)}
+    now = time.perf_counter()
+    times.setdefault(name, []).append(1000 * (now - start))
+    return now
 
 
-def step(net, optimizer, views, loss, args, clock):
-    with torch.autocast(views[0].device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-        z_a, z_b = net(*views)
-    clock("forward")
-    value = loss(z_a, z_b)
-    clock("loss")
+def towards_0(z_a, z_b):  # not their mean, whose gradient would vanish behind BatchNorm
+    return z_a.square().mean() + z_b.square().mean()
+
+
+def step(model, optimizer, view_a, view_b, loss, args):
+    with torch.autocast(bt.DEVICE.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        z_a, z_b = model(view_a, view_b)
     optimizer.zero_grad()
-    value.backward()
-    clock("backward")
+    loss(z_a, z_b).backward()
     optimizer.step()
-    clock("optimizer")
 
 
-args, device = bt.parse_arguments(), torch.device("cuda" if CUDA else "cpu")
-n, rows = args.batch_size, []
+args = bt.parse_arguments()
+n = args.batch_size
+images = TensorDataset(*bt.shapes(2 * n, seed=0, size=max(32, args.size)))
 if args.from_files:
-    images, _ = bt.load_data(args, device)
-else:
-    images = bt.shapes(2 * n, 0, max(32, args.size))[0].to(device)
-model, net, optimizer, augment_a, augment_b = bt.build(args, device)
-order = torch.arange(STEPS * n, device=device).remainder(len(images)).split(n)
-loader = bt.batches(images, order, device, args.workers)
+    images = bt.load_data(args)[0]
+scale = None if args.from_files else (args.crop_scale, 1.0)
+model = bt.build(args)
+if args.compile:
+    model.compile()
+optimizer = bt.make_optimizer(args, model)
+sampler = RandomSampler(images, replacement=True, num_samples=STEPS * n)
+loader = iter(DataLoader(images, n, sampler=sampler, num_workers=args.workers, pin_memory=CUDA))
 for _ in range(STEPS):
-    whole, limit, alone = Clock(), Clock(), Clock()
-    whole("start")
-    crops_a, crops_b = next(loader)
-    whole("load")
-    views = augment_a(crops_a), augment_b(crops_b)
-    whole("views")
-    step(net, optimizer, views, bt.barlow_twins_loss, args, whole)
-    limit("start")
-    # Not the mean of the embeddings, whose gradient would vanish behind BatchNorm.
-    step(net, optimizer, views, lambda *z: sum(x.square().mean() for x in z), args, limit)
-    z = torch.randn(2, n, model.projector[-1].out_features, device=device, requires_grad=True)
-    alone("start")
+    start = clock("", time.perf_counter())
+    batch = next(loader)[0].to(bt.DEVICE, non_blocking=True)
+    crops_a, crops_b = batch.unbind(1) if args.from_files else (batch, batch)
+    view_a = bt.augment(crops_a, args.size, scale, blur=1.0, solarize=0.0)
+    view_b = bt.augment(crops_b, args.size, scale, blur=0.1, solarize=0.2)
+    step(model, optimizer, view_a, view_b, bt.barlow_twins_loss, args)
+    now = clock("whole step", start)
+    step(model, optimizer, view_a, view_b, towards_0, args)
+    now = clock("limit", now)
+    bt.augment(crops_a, args.size, scale, blur=1.0, solarize=0.0)
+    clock("one view", now)
+    z = torch.randn(2, n, model.projector[-1].out_features, device=bt.DEVICE, requires_grad=True)
+    now = clock("", now)
     bt.barlow_twins_loss(*z, redundancy=args.redundancy).backward()
-    alone("loss, both ways")
-    row = whole.milliseconds() | alone.milliseconds()
-    row["whole step"] = sum(whole.milliseconds().values())
-    rows.append(row | {"limit": sum(limit.milliseconds().values())})
-print(f"{'milliseconds':>16}  median  lowest highest")
-times = {name: [row[name] for row in rows[WARM_UP:]] for name in rows[0]}
-for name, values in times.items():
-    print(f"{name:>16} {median(values):7.1f} {min(values):7.1f} {max(values):7.1f}")
-ratio = median(row["whole step"] / row["limit"] for row in rows[WARM_UP:])
-step_ms, loss_ms = median(times["whole step"]), median(times["loss, both ways"])
-name = torch.cuda.get_device_name() if CUDA else "cpu"
-result = dict(event="benchmark", recipe=args.recipe, device=name, threads=torch.get_num_threads())
-result |= dict(images_per_second=1000 * n / step_ms, step_ms=step_ms, step_over_limit=ratio)
-result |= dict(limit_ms=median(times["limit"]), loss_share=loss_ms / step_ms)
+    clock("loss, both ways", now)
+middle = {name: median(values[WARM_UP:]) for name, values in times.items() if name}
+print("\n".join(f"{name:16} {value:8.2f} ms" for name, value in middle.items()))
+pairs = zip(times["whole step"][WARM_UP:], times["limit"][WARM_UP:], strict=True)
+result = dict(event="benchmark", recipe=args.recipe, threads=torch.get_num_threads())
+result |= dict(device=torch.cuda.get_device_name() if CUDA else "cpu")
+result |= dict(images_per_second=1000 * n / middle["whole step"], step_ms=middle["whole step"])
+result |= dict(step_over_limit=median(a / b for a, b in pairs), limit_ms=middle["limit"])
+result |= dict(loss_share=middle["loss, both ways"] / middle["whole step"])
 if CUDA:
     result["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
 print(json.dumps(result))
