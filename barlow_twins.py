@@ -56,8 +56,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # resnet18: for CIFAR-10 on a GPU, as in lightly's benchmark (https://docs.lightly.ai).
 # resnet50: for ImageNet, as the authors (paper, section 2.2, and their code). No gradient passes
 #   between their 16 GPUs, so theirs is 1/16 of the true one, which is used here. LARS makes the
-#   steps of weights independent of such a factor. The rate of biases, 0.0048, is divided by it,
-#   and the weight decay, 1e-6, multiplied.
+#   steps of weights independent of such a factor; to the same effect, the rate of biases, 0.0048,
+#   is divided by 16 and the weight decay, 1e-6, multiplied by it.
 
 RECIPES = ("small", "resnet18", "resnet50")
 # fmt: off
@@ -422,6 +422,7 @@ def train(args, train_set, whole_set, val_set):
     options = {"num_workers": args.workers, "pin_memory": DEVICE.type == "cuda"}
     loader = DataLoader(train_set, n, sampler=sampler, drop_last=True, **options)
     steps = len(loader)
+    autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.precision == "bf16")
     scale = None if args.from_files else (args.crop_scale, 1.0)  # files are cropped when read
     watched = some(whole_set, 2000), some(val_set, 2000)
     if rank == 0 and state["epochs"] >= args.epochs:
@@ -442,7 +443,7 @@ def train(args, train_set, whole_set, val_set):
             images_a, images_b = images.unbind(1) if args.from_files else (images, images)
             view_a = augment(images_a, args.size, scale, blur=1.0, solarize=0.0)  # T
             view_b = augment(images_b, args.size, scale, blur=0.1, solarize=0.2)  # T'
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            with autocast:
                 z_a, z_b = net(view_a, view_b)
             z_a, z_b = gather_batch(z_a), gather_batch(z_b)
             invariance, redundancy = loss_terms(z_a, z_b, args.redundancy)
@@ -460,8 +461,9 @@ def train(args, train_set, whole_set, val_set):
             state["seconds"] += time.monotonic() - started
             state["images_per_second"] = (epoch + 1) * steps * args.batch_size / state["seconds"]
             save_checkpoint(args, model, optimizer, state)
-            train_features = extract_features(model.backbone, whole_images(watched[0], args))
-            val_features = extract_features(model.backbone, whole_images(watched[1], args))
+            with autocast:
+                train_features = extract_features(model.backbone, whole_images(watched[0], args))
+                val_features = extract_features(model.backbone, whole_images(watched[1], args))
             knn = knn_accuracy(*train_features, *val_features, k=20)
             print(f"epoch {epoch + 1}/{args.epochs}: kNN {knn:.3f}", flush=True)
             log(args, "eval", epoch=epoch + 1, seconds=state["seconds"], knn=knn)
@@ -570,11 +572,11 @@ def whole_images(dataset, args):
 
 @torch.no_grad()
 def extract_features(backbone, batches):
-    """Representations (N, F) and labels (N,) from batches of normalized images, (n, 3, H, W), and
-    labels, (n,)."""
+    """Representations, float32 (N, F), and labels, (N,), from batches of normalized images,
+    (n, 3, H, W), and labels, (n,)."""
     backbone.eval()
     features, labels = zip(*[(backbone(x), y) for x, y in batches], strict=True)
-    return torch.cat(features), torch.cat(labels)
+    return torch.cat(features).float(), torch.cat(labels)
 
 
 def knn_accuracy(train_x, train_y, test_x, test_y, k=200, temperature=0.1):

@@ -63,8 +63,6 @@ for _ in range(STEPS):
     now = clock("whole step", start)
     step(model, optimizer, view_a, view_b, towards_0, args)
     now = clock("limit", now)
-    bt.augment(crops_a, args.size, scale, blur=1.0, solarize=0.0)
-    clock("one view", now)
     z = torch.randn(2, n, model.projector[-1].out_features, device=bt.DEVICE, requires_grad=True)
     now = clock("", now)
     bt.barlow_twins_loss(*z, redundancy=args.redundancy).backward()
