@@ -790,9 +790,9 @@ def main(argv=None):
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        Path(args.out).mkdir(parents=True, exist_ok=True)
         first = dist.get_rank() == 0
         train_set, whole_set, val_set = load_data(args)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
         model, state = train(args, train_set, whole_set, val_set)
         dist.destroy_process_group()  # the others need not wait while the first one judges
         if first:
