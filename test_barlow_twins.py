@@ -10,6 +10,9 @@ import time
 import numpy
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
@@ -111,6 +114,39 @@ def test_embeddings_that_do_not_fit_are_refused(function):
             function(*pair)
     with pytest.raises(ValueError, match="redundancy"):
         bt.barlow_twins_loss(z, z, redundancy="both")
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 16, bias=False))
+
+
+def gradients_of_one_process(rank, world_size, address, x, queue):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", address, rank=rank, world_size=world_size)
+    model = nn.parallel.DistributedDataParallel(small_model())
+    z_a, z_b = model(x.chunk(world_size, dim=1)[rank])
+    loss = bt.barlow_twins_loss(bt.gather_batch(z_a), bt.gather_batch(z_b))
+    loss.backward()
+    queue.put((loss.item(), [w.grad.tolist() for w in model.parameters()]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_many_processes_act_as_one(world_size, tmp_path):
+    x = torch.randn(2, 12, 12) + torch.arange(12).view(12, 1) // 4  # the processes' means differ
+    model = small_model()
+    loss = bt.barlow_twins_loss(*model(x))
+    loss.backward()
+    queue = mp.get_context("spawn").SimpleQueue()
+    arguments = (world_size, f"file://{tmp_path}/store", x, queue)
+    mp.spawn(gradients_of_one_process, arguments, nprocs=world_size)
+    for _ in range(world_size):
+        value, gradients = queue.get()
+        assert value == pytest.approx(loss.item(), rel=1e-5)
+        for gradient, w in zip(gradients, model.parameters(), strict=True):
+            assert relative_error(torch.tensor(gradient), w.grad) < 1e-5
 
 
 # --------------------------------------------------------------------------------------- Views
