@@ -217,17 +217,18 @@ def adjust_saturation(x, factor):
 
 
 def adjust_hue(x, turn):
-    """Adds `turn`, a fraction of the colour circle, to the hue, which as H is in sixths of it. Back
-    to RGB goes f(n) = V - C max(0, min(k, 4 - k, 1)) with k = (n + H) mod 6, value V, chroma C and
-    n = 5, 3, 1 for red, green, blue (Smith 1978; Wikipedia, "HSL and HSV")."""
+    """Turns the hue by a fraction of the colour circle, on which red, green and blue lie at 0, 2 and
+    4 sixths. From HSV back to RGB (Smith 1978; Wikipedia, "HSL and HSV"): a channel has the colour's
+    value up to one sixth from its own place, and value - chroma from two sixths on."""
     red, green, blue = x.split(1, dim=1)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
     hue = torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
-    hue = torch.where(value == red, green - blue, hue) / chroma.clamp(min=1e-12) + 6 * turn
-    n = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
-    k = (n + hue) % 6
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+    hue = torch.where(value == red, green - blue, hue) / chroma.clamp(min=1e-12)  # in sixths
+    hue = (hue + 6 * turn) % 6
+    places = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)
+    distance = 3 - ((hue - places).abs() - 3).abs()  # on the circle, 0 to 3
+    return value - chroma * (distance - 1).clamp(0, 1)
 
 
 def color_jitter(x):
@@ -269,7 +270,7 @@ def augment(images, size, scale=(0.08, 1.0), blur=0.0, solarize=0.0):
     Sigma, of the blur, is 0.1 to 2 pixels at a size of 224 (BYOL, arXiv 2006.07733, appendix B),
     and less in proportion at smaller ones."""
     # v2.RandomResizedCrop(size, scale) and v2.RandomHorizontalFlip()
-    x = crop_and_flip(images / 255, size, scale or (1.0, 1.0))
+    x = crop_and_flip(images.float(), size, scale or (1.0, 1.0)) / 255
     x = sometimes(0.8, color_jitter(x), x)  # v2.RandomApply([v2.ColorJitter(.4, .4, .2, .1)], 0.8)
     x = sometimes(0.2, TF.rgb_to_grayscale(x, 3), x)  # v2.RandomGrayscale(0.2)
     if size > 32:  # in smaller views sigma is below 0.3, which changes nothing
