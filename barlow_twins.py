@@ -82,9 +82,8 @@ SETTINGS = {
 }
 # fmt: on
 
+
 # ---------------------------------------------------------------------------------------- Loss
-
-
 def standardize(z_a, z_b):
     """Gives each unit mean 0 and variance 1 over the batch: (N, D), (N, D) -> the same in float32.
     Raises ValueError unless both have one shape (N, D) with N of 2 or more."""
@@ -217,9 +216,9 @@ def adjust_saturation(x, factor):
 
 
 def adjust_hue(x, turn):
-    """Turns the hue by a fraction of the colour circle, on which red, green and blue lie at 0, 2 and
-    4 sixths. From HSV back to RGB (Smith 1978; Wikipedia, "HSL and HSV"): a channel has the colour's
-    value up to one sixth from its own place, and value - chroma from two sixths on."""
+    """Turns the hue by a fraction of the colour circle, where red, green and blue lie at 0, 2 and 4
+    sixths. From HSV back to RGB (Smith 1978; Wikipedia, "HSL and HSV"): each channel is `value` up
+    to one sixth from its own place, `value - chroma` from two sixths on, and falls in between."""
     red, green, blue = x.split(1, dim=1)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
@@ -281,8 +280,6 @@ def augment(images, size, scale=(0.08, 1.0), blur=0.0, solarize=0.0):
 
 
 # ------------------------------------------------------------------------------------- Network
-
-
 def small_backbone():
     """Three convolutions with BatchNorm and ReLU: (N, 3, H, W) -> (N, 1024)."""
     return nn.Sequential(
@@ -323,9 +320,7 @@ class BarlowTwins(nn.Module):
         self.projector = nn.Sequential(*layers)
 
     def forward(self, view_a, view_b):
-        z_a = self.projector(self.backbone(view_a))
-        z_b = self.projector(self.backbone(view_b))
-        return z_a, z_b
+        return self.projector(self.backbone(view_a)), self.projector(self.backbone(view_b))
 
 
 def build(args):
@@ -336,8 +331,6 @@ def build(args):
 
 
 # ----------------------------------------------------------------------------------- Optimizer
-
-
 class LARS(torch.optim.Optimizer):
     """SGD with momentum and steps in proportion to the norm of each layer's weights w:
 
@@ -455,12 +448,12 @@ def train(args, train_set, whole_set, val_set):
             sums += torch.stack([invariance, redundancy]).detach()
             # Not after every step, because to read the loss is to wait for the GPU.
             if rank == 0 and (step % 100 == 0 or step == steps):
+                seconds = time.monotonic() - started
                 lr = args.lr_weights * rate
-                state |= report(args, model, epoch, step, steps, sums / step, lr, started)
+                state |= report(args, model, epoch + 1, step, steps, sums / step, lr, seconds)
         if rank == 0:
             state["epochs"] = epoch + 1
-            state["seconds"] += time.monotonic() - started
-            state["images_per_second"] = (epoch + 1) * steps * args.batch_size / state["seconds"]
+            state["seconds"] += seconds
             save_checkpoint(args, model, optimizer, state)
             with autocast:
                 train_features = extract_features(model.backbone, whole_images(watched[0], args))
@@ -472,8 +465,6 @@ def train(args, train_set, whole_set, val_set):
 
 
 # ---------------------------------------------------------------------------------------- Data
-
-
 def shapes(n, seed, size=32):
     """n gray drawings of flowers of 1 to 5 petals, filled or in outline, which are ten classes:
     images, uint8 (n, 3, size, size), and their labels, int64 (n,)."""
@@ -668,38 +659,37 @@ def draw_pictures(args, model, train_set):
 
 
 # -------------------------------------------------------------------------------- Command line
-
-
 def log(args, event, **values):
     """Appends a line to log.jsonl."""
     with open(Path(args.out, "log.jsonl"), "a") as file:
         file.write(json.dumps({"event": event, **values}) + "\n")
 
 
-def report(args, model, epoch, step, steps, terms, lr, started):
-    """Prints and logs the means of the two terms of the loss, (2,), in the steps of an epoch so far
-    -> a dict of loss and floor. Raises Failure if the loss or a weight is not finite."""
+def report(args, model, epoch, step, steps, terms, lr, seconds):
+    """Prints and logs where training stands after `step` of `steps` in an epoch: `terms`, (2,), are
+    the means of the two terms of the loss, `seconds` the time since the epoch began. Returns what
+    the result repeats. Raises Failure if the loss or a weight is not finite."""
     invariance, redundancy = terms.tolist()
-    seconds = time.monotonic() - started
     loss = invariance + args.lambd * redundancy
     if not math.isfinite(loss + nn.utils.get_total_norm(model.parameters())):
         hint = "choose lower --lr-weights and --lr-biases, and another --out"
-        raise Failure(f"loss or weights are not finite in epoch {epoch + 1}: {hint}")
+        raise Failure(f"loss or weights are not finite in epoch {epoch}: {hint}")
     floor = None
     if args.redundancy == "cross":
         floor = loss_floor(args.batch_size, model.projector[-1].out_features, args.lambd)
-    floor_text = "" if floor is None else f" (floor {floor:.1f})"
-    minutes = seconds / step * ((args.epochs - epoch) * steps - step) / 60
     speed = step * args.batch_size / seconds
+    minutes = ((args.epochs - epoch + 1) * steps - step) * args.batch_size / speed / 60
+    floor_text = "" if floor is None else f" (floor {floor:.1f})"
     print(
-        f"epoch {epoch + 1}/{args.epochs}: loss {loss:.2f} =",
+        f"epoch {epoch}/{args.epochs}: loss {loss:.2f} =",
         f"{invariance:.2f} + {args.lambd} * {redundancy:.1f}{floor_text},",
         f"rate {lr:.3g}, {speed:.0f} images/s, {minutes:.1f} minutes left",
         flush=True,
     )
-    values = dict(loss=loss, invariance=invariance, redundancy=redundancy, floor=floor, lr=lr)
-    log(args, "train", epoch=epoch + 1, step=step, **values, images_per_second=speed)
-    return {"loss": loss, "floor": floor}
+    latest = {"loss": loss, "floor": floor, "images_per_second": speed}
+    terms = {"invariance": invariance, "redundancy": redundancy}
+    log(args, "train", epoch=epoch, step=step, lr=lr, **terms, **latest)
+    return latest
 
 
 def save_checkpoint(args, model, optimizer, state):
@@ -716,20 +706,19 @@ def load_checkpoint(args, model, optimizer):
     path = Path(args.out, "checkpoint.pt")
     if not path.exists():
         return {"epochs": 0, "seconds": 0.0}
-    may_change = ("epochs", "labels", "workers", "compile", "precision", "data_dir", "out")
     try:
-        parts = torch.load(path, map_location="cpu", weights_only=True)
-        saved = parts["settings"]
-        kept = [key for key in vars(args) if key not in may_change]
-        changed = [key for key in kept if saved[key] != getattr(args, key)]
-        if not changed:
-            model.load_state_dict(parts["model"])
-            optimizer.load_state_dict(parts["optimizer"])
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        settings = saved["settings"]
     except Exception as error:  # damaged files raise many kinds
         raise Failure(f"cannot load {path} ({type(error).__name__}): name another --out") from None
+    may_change = ("epochs", "labels", "workers", "compile", "precision", "data_dir", "out")
+    kept = [name for name in vars(args) if name not in may_change]
+    changed = [name for name in kept if settings.get(name) != getattr(args, name)]
     if changed:
         raise Failure(f"{path} was made with another {', '.join(changed)}: name another --out")
-    return parts["state"]
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["state"]
 
 
 def parse_arguments(argv=None):
@@ -742,8 +731,7 @@ def parse_arguments(argv=None):
     add("--out", help="where to write and to go on, default: runs/DATA-RECIPE")
     add("--precision", choices=["fp32", "bf16"], help="default: bf16 where it is fast")
     add("--compile", action="store_true", help="torch.compile the network")
-    resnets = models.list_models(include=["resnet*", "resnext*", "wide_resnet*"])
-    choices = {"arch": ["small", *resnets]}
+    choices = {"arch": ["small", *models.list_models(models, "*resn*")]}
     choices |= {"optimizer": ["lars", "sgd"], "redundancy": ["cross", "auto"]}
     for name, (*values, meaning) in SETTINGS.items():
         flag = "--" + name.replace("_", "-")
@@ -767,9 +755,8 @@ def parse_arguments(argv=None):
         value = getattr(args, name)
         least = {"epochs": 1, "batch_size": 2, "size": 8, "labels": 10}.get(name, 0)
         if not isinstance(value, str) and not least <= value < math.inf:
-            parser.error(
-                f"--{name.replace('_', '-')} must be finite and at least {least}, not {value}"
-            )
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} must be finite and at least {least}, not {value}")
     if not 0 < args.crop_scale <= 1:
         parser.error(f"--crop-scale must be above 0 and at most 1, not {args.crop_scale}")
     if not re.fullmatch(r"[1-9]\d{0,4}(-[1-9]\d{0,4})*", args.projector):
