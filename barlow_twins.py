@@ -34,6 +34,7 @@ import os
 import re
 import sys
 import time
+from copy import copy
 from functools import partial
 from pathlib import Path
 
@@ -54,10 +55,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # ------------------------------------------------------------------------------------- Recipes
 # small: for any CPU, found by trying (.github/measured.md).
 # resnet18: for CIFAR-10 on a GPU, as in lightly's benchmark (https://docs.lightly.ai).
-# resnet50: for ImageNet, as the authors (paper, section 2.2, and their code). No gradient passes
-#   between their 16 GPUs, so theirs is 1/16 of the true one, which is used here. LARS makes the
-#   steps of weights independent of such a factor; to the same effect, the rate of biases, 0.0048,
-#   is divided by 16 and the weight decay, 1e-6, multiplied by it.
+# resnet50: for ImageNet, as the authors (paper, section 2.2, and their code). It reads images when
+#   they are needed (args.from_files); the others keep them in memory, shrunk to 32 pixels.
+#   The authors' 16 GPUs average gradients where a sum is needed: they train with 1/16 of the true
+#   one, which is used here. Hence their rate of biases, 0.0048, is divided by 16 and their weight
+#   decay, 1e-6, multiplied by it; the steps of weights do not change, because LARS scales them.
 
 RECIPES = ("small", "resnet18", "resnet50")
 # fmt: off
@@ -121,7 +123,7 @@ def loss_terms(z_a, z_b, redundancy="cross"):
         if d <= n:
             squares = (a.T @ partner / n).square().sum()
         else:
-            # ||A^T B||^2 = tr(A^T B B^T A) = tr(A A^T B B^T) = <A A^T, B B^T>. With more units than
+            # ||A^T B||^2 = <A A^T, B B^T>, since both are tr(A A^T B B^T). With more units than
             # images, as in all recipes, these N x N matrices are smaller than C, which is D x D
             # (Garrido et al. 2022, arXiv 2206.02574).
             gram = a @ a.T
@@ -141,20 +143,23 @@ def barlow_twins_loss(z_a, z_b, lambd=0.0051, redundancy="cross"):
 def loss_floor(n, d, lambd):
     """What the loss ("cross") of n images and d units cannot go below.
 
-    Units are centred, so C has rank n - 1 at most and ||C||^2 >= (tr C)^2 / (n - 1), by
-    Cauchy-Schwarz. With excess = d / (n - 1) - 1 and all C_ii = c, the loss is at least
-    d ((1 - c)^2 + lambd * excess * c^2), which is least at c = 1 / (1 + lambd * excess)."""
+    Units are centred, so C has rank n - 1 at most, and its squares sum to (tr C)^2 / (n - 1) at
+    least (Cauchy-Schwarz). With all C_ii = c this is d^2 c^2 / (n - 1), of which d c^2 lies on the
+    diagonal: the loss is at least d (1 - c)^2 + lambd * d * excess * c^2, where excess is
+    d / (n - 1) - 1. This is least at c = 1 / (1 + lambd * excess). Unequal C_ii are no better up to
+    a lambd of 1; above, the floor for 1 holds, because the loss grows with lambd."""
     excess = max(0.0, d / (n - 1) - 1)
-    lambd = min(lambd, 1.0)  # above 1 unequal C_ii may be better: then the floor for 1
+    lambd = min(lambd, 1.0)
     return lambd * d * excess / (1 + lambd * excess)
 
 
 def gather_batch(z):
     """The embeddings of the whole batch: (n, D) in each of W processes -> (W * n, D) in all.
 
-    Every process computes the same loss of all rows, but sends its gradient through its own rows
-    only. So DistributedDataParallel arrives at the gradient of one process with the whole batch, if
-    BatchNorm is synchronized. n must be the same everywhere; a single process gets its z."""
+    Every process computes the loss of all rows, but passes its gradient to its own rows only, so
+    the true gradient is the sum of all. DistributedDataParallel averages them: hence a factor W.
+    n must be the same in all processes; a single one gets its z. (For W processes to be exactly as
+    one, BatchNorm must be synchronized, too, as it is on GPUs.)"""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return z
     parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -162,8 +167,7 @@ def gather_batch(z):
     parts[dist.get_rank()] = z  # with its gradient
     batch = torch.cat(parts)
     if batch.requires_grad:
-        # DistributedDataParallel averages over the W processes, where a sum is needed: hence W.
-        batch.register_hook(lambda grad: grad * len(parts))
+        batch.register_hook(lambda grad: grad * len(parts))  # the factor W
     return batch
 
 
@@ -186,15 +190,16 @@ def crop_and_flip(x, size, scale):
     """v2.RandomResizedCrop and v2.RandomHorizontalFlip by bilinear interpolation: (N, 3, H, W) ->
     (N, 3, size, size). A crop's fraction of the area is uniform in `scale`, the ratio of its sides
     log-uniform from 3/4 to 4/3, or in the part of this range around 1 in which it always fits."""
+    # Both sides of an image have length 2, from -1 to 1, those of a crop 2 * width and 2 * height.
     area = uniform(x, *scale)
-    bound = (-area.log()).clamp(max=math.log(4 / 3))  # so that width and height are at most 1
+    bound = (-area.log()).clamp(max=math.log(4 / 3))  # width <= 1 and height <= 1
     ratio = (bound * uniform(x, -1, 1)).exp()
     width = (area * ratio).sqrt()
     height = (area / ratio).sqrt()
     centre_x = (1 - width) * uniform(x, -1, 1)
     centre_y = (1 - height) * uniform(x, -1, 1)
     flip = uniform(x, -1, 1).sign()
-    # Point (x, y) of a view is read at matrix @ (x, y, 1) of the image; both reach from -1 to 1.
+    # Point (x, y) of a view, also from -1 to 1, is read at matrix @ (x, y, 1) of the image.
     zero = torch.zeros_like(width)
     matrix = torch.cat([flip * width, zero, centre_x, zero, height, centre_y], dim=1)
     grid = F.affine_grid(matrix.view(-1, 2, 3), [len(x), 3, size, size], align_corners=False)
@@ -206,13 +211,12 @@ def adjust_brightness(x, factor):
 
 
 def adjust_contrast(x, factor):
-    gray = TF.rgb_to_grayscale(x)
-    return torch.lerp(gray.mean((1, 2, 3), keepdim=True), x, factor).clamp(0, 1)
+    mean = TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True)
+    return torch.lerp(mean, x, factor).clamp(0, 1)
 
 
 def adjust_saturation(x, factor):
-    gray = TF.rgb_to_grayscale(x, num_output_channels=3)
-    return torch.lerp(gray, x, factor).clamp(0, 1)
+    return torch.lerp(TF.rgb_to_grayscale(x, 3), x, factor).clamp(0, 1)
 
 
 def adjust_hue(x, turn):
@@ -226,7 +230,8 @@ def adjust_hue(x, turn):
     hue = torch.where(value == red, green - blue, hue) / chroma.clamp(min=1e-12)  # in sixths
     hue = (hue + 6 * turn) % 6
     places = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)
-    distance = 3 - ((hue - places).abs() - 3).abs()  # on the circle, 0 to 3
+    distance = (hue - places).abs()
+    distance = torch.minimum(distance, 6 - distance)  # the shorter way round the circle
     return value - chroma * (distance - 1).clamp(0, 1)
 
 
@@ -383,7 +388,9 @@ def learning_rate(epoch, epochs):
 
 
 # ------------------------------------------------------------------------------------ Training
-# From further down: `extract_features` and kNN to watch the training, checkpoint and log.
+# `main` has joined the processes of torchrun, or made a group of this one, and chosen the GPU.
+# Further down stand what `train` reads (`load_data`), watches itself by (`extract_features`,
+# `knn_accuracy`), prints (`report`) and keeps (`log`, checkpoints).
 
 
 class Failure(Exception):
@@ -398,18 +405,18 @@ def train(args, train_set, whole_set, val_set):
     batch size or checkpoint do not fit, and if the loss is not finite."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if args.batch_size % world_size or not 2 * world_size <= args.batch_size <= len(train_set):
-        wanted = f"a multiple of the number of processes, {world_size}, at least 2 for each, and"
-        limit = f"at most that of images, {len(train_set)}"
-        raise Failure(f"--batch-size {args.batch_size} must be {wanted} {limit}")
+        limits = f"from {2 * world_size} to {len(train_set)}, the number of images, and a multiple"
+        processes = f"of {world_size}, the number of processes"
+        raise Failure(f"--batch-size must be {limits} {processes}, not {args.batch_size}")
     model = build(args)
-    optimizer = make_optimizer(args, model)
-    state = load_checkpoint(args, model, optimizer)
-    if rank == 0:
-        log(args, "config", **vars(args), processes=world_size, torch=torch.__version__)
     if DEVICE.type == "cuda":  # on CPUs BatchNorm sees the images of its own process only
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
         model.compile()
+    optimizer = make_optimizer(args, model)
+    state = load_checkpoint(args, model, optimizer)
+    if rank == 0:
+        log(args, "config", **vars(args), processes=world_size, torch=torch.__version__)
     net = nn.parallel.DistributedDataParallel(model)
     sampler = DistributedSampler(train_set, world_size, rank, seed=args.seed, drop_last=True)
     n = args.batch_size // world_size
@@ -417,22 +424,23 @@ def train(args, train_set, whole_set, val_set):
     loader = DataLoader(train_set, n, sampler=sampler, drop_last=True, **options)
     steps = len(loader)
     autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.precision == "bf16")
-    scale = None if args.from_files else (args.crop_scale, 1.0)  # files are cropped when read
+    scale = None if args.from_files else (args.crop_scale, 1.0)  # None: no crop, files have theirs
     watched = some(whole_set, 2000), some(val_set, 2000)
     if rank == 0 and state["epochs"] >= args.epochs:
         print(f"{args.out} holds a run of {state['epochs']} epochs, which is judged again")
 
     for epoch in range(state["epochs"], args.epochs):
         # All randomness of an epoch follows from these two lines, so none of it need be saved.
-        torch.manual_seed(hash((args.seed, epoch, rank)))  # the hash of integers never varies
+        torch.manual_seed(hash((args.seed, epoch, rank)))  # of integers: the same in every run
         sampler.set_epoch(epoch)
         sums = torch.zeros(2, device=DEVICE)
         started = time.monotonic()
         net.train()
         for step, (images, _) in enumerate(loader, start=1):
-            rate = args.batch_size / 256 * learning_rate(epoch + (step - 1) / steps, args.epochs)
-            optimizer.param_groups[0]["lr"] = args.lr_weights * rate
-            optimizer.param_groups[1]["lr"] = args.lr_biases * rate
+            fraction = learning_rate(epoch + (step - 1) / steps, args.epochs)
+            lr = args.lr_weights * args.batch_size / 256 * fraction
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.param_groups[1]["lr"] = args.lr_biases * args.batch_size / 256 * fraction
             images = images.to(DEVICE, non_blocking=True)
             images_a, images_b = images.unbind(1) if args.from_files else (images, images)
             view_a = augment(images_a, args.size, scale, blur=1.0, solarize=0.0)  # T
@@ -448,14 +456,12 @@ def train(args, train_set, whole_set, val_set):
             sums += torch.stack([invariance, redundancy]).detach()
             # Not after every step, because to read the loss is to wait for the GPU.
             if rank == 0 and (step % 100 == 0 or step == steps):
-                seconds = time.monotonic() - started
-                lr = args.lr_weights * rate
-                state |= report(args, model, epoch + 1, step, steps, sums / step, lr, seconds)
+                state |= report(args, model, epoch + 1, step, steps, sums / step, lr, started)
         if rank == 0:
             state["epochs"] = epoch + 1
-            state["seconds"] += seconds
+            state["seconds"] += time.monotonic() - started
             save_checkpoint(args, model, optimizer, state)
-            with autocast:
+            with autocast:  # to watch only; the result is computed in float32
                 train_features = extract_features(model.backbone, whole_images(watched[0], args))
                 val_features = extract_features(model.backbone, whole_images(watched[1], args))
             knn = knn_accuracy(*train_features, *val_features, k=20)
@@ -473,14 +479,14 @@ def shapes(n, seed, size=32):
     petals = (1 + labels % 5).view(n, 1, 1)
     outlined = (labels >= 5).view(n, 1, 1)
     left, top, extent, gray, sign = torch.rand(5, n, 1, 1, generator=generator)
-    axis = torch.linspace(-0.5, 1.5, size)
+    axis = torch.linspace(-0.5, 1.5, size)  # the centre, (left, top), lies in its middle half
     x = axis - left  # (n, 1, size), from the centre
     y = axis.view(size, 1) - top  # (n, size, 1)
     edge = (0.4 + 0.3 * extent) * (0.7 + 0.3 * torch.cos(petals * torch.atan2(y, x)))
     distance = torch.hypot(x, y) - edge  # in units of half an image, negative inside
     distance = torch.where(outlined, distance.abs() - 0.08, distance)
     inside = torch.sigmoid(-size * distance)  # with a soft edge of about a pixel
-    contrast = 0.4 * (sign - 0.5).sign()
+    contrast = 0.4 * (sign - 0.5).sign()  # light on dark or dark on light
     drawing = 0.3 + 0.4 * gray + contrast * (inside - 0.5)
     noise = 0.08 * torch.randn(n, 3, size, size, generator=generator)
     return (255 * (drawing.unsqueeze(1) + noise)).clamp(0, 255).byte(), labels
@@ -501,7 +507,7 @@ def two_crops(crop, image):
 def read_all(dataset):
     """The images and labels of a data set in memory."""
     parts = []
-    for images, labels in DataLoader(dataset, 1000, num_workers=os.cpu_count()):
+    for images, labels in DataLoader(dataset, 1000, num_workers=torch.get_num_threads()):
         parts.append((images.clone(), labels.clone()))  # a worker's tensors keep files open
     images, labels = zip(*parts, strict=True)
     return TensorDataset(torch.cat(images), torch.cat(labels))
@@ -509,19 +515,15 @@ def read_all(dataset):
 
 def load_data(args):
     """Training set, whole training images and whole validation images, each uint8 (3, H, W) and a
-    label. In memory the first two are one. With args.from_files (resnet50 and a folder) images are
-    read when they are needed, those to train on as two random crops, (2, 3, size, size).
-    Raises Failure."""
+    label. In memory the first two are one. With args.from_files images are read when they are
+    needed, those to train on as two random crops, (2, 3, size, size). Raises Failure."""
     if args.data == "shapes":
         train_set = TensorDataset(*shapes(16_000, seed=1))
         return train_set, train_set, TensorDataset(*shapes(4_000, seed=2))
-    side = around = max(32, args.size)
-    if args.from_files:
-        side, around = 224, 256  # as usual for ImageNet
+    side = max(32, args.size)
+    around = side * 8 // 7 if args.from_files else side  # 256 around 224, as usual for ImageNet
     bicubic = v2.InterpolationMode.BICUBIC
     whole = v2.Compose([v2.Resize(around, bicubic), v2.CenterCrop(side), v2.PILToTensor()])
-    crop = v2.RandomResizedCrop(args.size, (args.crop_scale, 1.0), interpolation=bicubic)
-    crops = partial(two_crops, v2.Compose([crop, v2.PILToTensor()]))
     try:
         if args.data == "cifar10":
             if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
@@ -531,20 +533,20 @@ def load_data(args):
             whole_set = datasets.CIFAR10(args.data_dir, train=True, transform=whole)
             val_set = datasets.CIFAR10(args.data_dir, train=False, transform=whole)
         else:
-            train, val = Path(args.data, "train"), Path(args.data, "val")
-            train_set = datasets.ImageFolder(train, crops, loader=read_image)
-            whole_set = datasets.ImageFolder(train, whole, loader=read_image)
-            val_set = datasets.ImageFolder(val, whole, loader=read_image)
+            whole_set = datasets.ImageFolder(f"{args.data}/train", whole, loader=read_image)
+            val_set = datasets.ImageFolder(f"{args.data}/val", whole, loader=read_image)
             if whole_set.classes != val_set.classes:
                 raise Failure(f"--data {args.data}: train and val must hold the same classes")
     except (OSError, RuntimeError) as error:
-        hint = "it is shapes, a folder with train/CLASS/* and val/CLASS/*, or cifar10"
-        archive = "which is downloaded, or unpacked from cifar-10-python.tar.gz in --data-dir"
-        raise Failure(f"cannot use --data {args.data} ({error}): {hint}, {archive}") from None
-    if args.from_files:
-        return train_set, whole_set, val_set
-    whole_set = read_all(whole_set)
-    return whole_set, whole_set, read_all(val_set)
+        hint = "a folder has train/CLASS/* and val/CLASS/*, cifar-10-python.tar.gz is in --data-dir"
+        raise Failure(f"cannot use --data {args.data} ({error}): {hint}") from None
+    if not args.from_files:
+        whole_set = read_all(whole_set)
+        return whole_set, whole_set, read_all(val_set)
+    crop = v2.RandomResizedCrop(args.size, (args.crop_scale, 1.0), interpolation=bicubic)
+    train_set = copy(whole_set)
+    train_set.transform = partial(two_crops, v2.Compose([crop, v2.PILToTensor()]))
+    return train_set, whole_set, val_set
 
 
 def some(dataset, count):
@@ -610,7 +612,7 @@ def linear_accuracy(train_x, train_y, test_x, test_y):
 def judge(args, model, whole_set, val_set, state):
     """Prints and logs the accuracies of raw pixels, the untrained and the trained backbone."""
     train_set = some(whole_set, args.labels)
-    k = max(1, min(200, len(train_set) // 50))  # at most a fifth of a class, if there are ten
+    k = max(1, min(200, len(train_set) // 50))  # 200 of 50,000 are usual; fewer labels, fewer votes
     pixels = nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())
     untrained = build(args).backbone
     # BatchNorm's statistics come from training, so an untrained network gets them here.
@@ -638,12 +640,14 @@ def draw_pictures(args, model, train_set):
     """views.png: pairs of views. correlation.png: C of 256 units before and after training, from -1
     (blue) over 0 (white) to 1 (red), by 4,096 images, so that chance adds about 1/64 only."""
     untrained = build(args)
-    model.train()  # BatchNorm by each batch in both, since the untrained one has no statistics
+    # BatchNorm by each batch, since the untrained projector has no statistics. (This spoils those
+    # of the trained network, which nothing needs any more.)
+    model.train()
     drawn = some(train_set, 4096)
     scale = None if args.from_files else (args.crop_scale, 1.0)
     embeddings = []
-    options = {"num_workers": args.workers, "drop_last": True}
-    for images, _ in DataLoader(drawn, min(128, len(drawn)), **options):
+    n = min(128, len(drawn))
+    for images, _ in DataLoader(drawn, n, num_workers=args.workers, drop_last=True):
         images = images.to(DEVICE)
         images_a, images_b = images.unbind(1) if args.from_files else (images, images)
         view_a = augment(images_a, args.size, scale, blur=1.0, solarize=0.0)
@@ -652,6 +656,7 @@ def draw_pictures(args, model, train_set):
         embeddings.append(z[:, :, :256])
     before_a, before_b, after_a, after_b = torch.cat(embeddings, dim=1)
     c = torch.stack([cross_correlation(before_a, before_b), cross_correlation(after_a, after_b)])
+    # red, green, blue
     colours = torch.stack([1 + c.clamp(max=0), 1 - c.abs(), 1 - c.clamp(min=0)], dim=1)
     save_image(colours, Path(args.out, "correlation.png"), pad_value=1.0)
     pairs = torch.stack([view_a, view_b], dim=1)[:32].flatten(0, 1)  # of the last batch
@@ -665,10 +670,11 @@ def log(args, event, **values):
         file.write(json.dumps({"event": event, **values}) + "\n")
 
 
-def report(args, model, epoch, step, steps, terms, lr, seconds):
-    """Prints and logs where training stands after `step` of `steps` in an epoch: `terms`, (2,), are
-    the means of the two terms of the loss, `seconds` the time since the epoch began. Returns what
-    the result repeats. Raises Failure if the loss or a weight is not finite."""
+def report(args, model, epoch, step, steps, terms, lr, started):
+    """Prints and logs where training stands after `step` of `steps` in an epoch that began at the
+    moment `started`. terms: the means of the two terms of the loss since, (2,). Returns loss, floor
+    and images_per_second. Raises Failure if the loss or a weight is not finite."""
+    seconds = time.monotonic() - started
     invariance, redundancy = terms.tolist()
     loss = invariance + args.lambd * redundancy
     if not math.isfinite(loss + nn.utils.get_total_norm(model.parameters())):
@@ -678,7 +684,7 @@ def report(args, model, epoch, step, steps, terms, lr, seconds):
     if args.redundancy == "cross":
         floor = loss_floor(args.batch_size, model.projector[-1].out_features, args.lambd)
     speed = step * args.batch_size / seconds
-    minutes = ((args.epochs - epoch + 1) * steps - step) * args.batch_size / speed / 60
+    minutes = seconds / step * ((args.epochs - epoch + 1) * steps - step) / 60
     floor_text = "" if floor is None else f" (floor {floor:.1f})"
     print(
         f"epoch {epoch}/{args.epochs}: loss {loss:.2f} =",
@@ -687,8 +693,8 @@ def report(args, model, epoch, step, steps, terms, lr, seconds):
         flush=True,
     )
     latest = {"loss": loss, "floor": floor, "images_per_second": speed}
-    terms = {"invariance": invariance, "redundancy": redundancy}
-    log(args, "train", epoch=epoch, step=step, lr=lr, **terms, **latest)
+    both = {"invariance": invariance, "redundancy": redundancy}
+    log(args, "train", epoch=epoch, step=step, lr=lr, **both, **latest)
     return latest
 
 
@@ -731,7 +737,7 @@ def parse_arguments(argv=None):
     add("--out", help="where to write and to go on, default: runs/DATA-RECIPE")
     add("--precision", choices=["fp32", "bf16"], help="default: bf16 where it is fast")
     add("--compile", action="store_true", help="torch.compile the network")
-    choices = {"arch": ["small", *models.list_models(models, "*resn*")]}
+    choices = {"arch": ["small", *models.list_models(models, "*resn*")]}  # and ResNeXt
     choices |= {"optimizer": ["lars", "sgd"], "redundancy": ["cross", "auto"]}
     for name, (*values, meaning) in SETTINGS.items():
         flag = "--" + name.replace("_", "-")
@@ -739,9 +745,8 @@ def parse_arguments(argv=None):
         add(flag, type=type(values[0]), choices=choices.get(name), help=f"{meaning} ({by_recipe})")
     args = parser.parse_args(argv)
     built_in = args.data in ("shapes", "cifar10")
-    args.data = str(Path(args.data))  # without a slash at its end
     args.recipe = args.recipe or ("small" if built_in else "resnet50")
-    args.from_files = args.recipe == "resnet50" and not built_in
+    args.from_files = args.recipe == "resnet50" and args.data != "shapes"
     args.out = args.out or f"runs/{Path(args.data).resolve().name}-{args.recipe}"
     bf16 = False
     if hasattr(torch.cpu, "get_capabilities"):  # since torch 2.11
