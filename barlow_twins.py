@@ -56,10 +56,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # small: for any CPU, found by trying (.github/measured.md).
 # resnet18: for CIFAR-10 on a GPU, as in lightly's benchmark (https://docs.lightly.ai).
 # resnet50: for ImageNet, as the authors (paper, section 2.2, and their code). It reads images when
-#   they are needed (args.from_files); the others keep them in memory, shrunk to 32 pixels.
-#   The authors' 16 GPUs average gradients where a sum is needed: they train with 1/16 of the true
-#   one, which is used here. Hence their rate of biases, 0.0048, is divided by 16 and their weight
-#   decay, 1e-6, multiplied by it; the steps of weights do not change, because LARS scales them.
+#   they are needed (args.from_files); the others keep them in memory, shrunk to 32 pixels, or to
+#   --size if it is more. The authors' 16 GPUs average gradients where a sum is needed, so theirs is
+#   1/16 of the true gradient; ours is the true one. Hence their rate of biases, 0.0048, is divided
+#   by 16, and their weight decay, 1e-6, multiplied by it, which keeps its share in the gradient.
+#   (LARS makes the steps of weights independent of the length of the gradient.)
 
 RECIPES = ("small", "resnet18", "resnet50")
 # fmt: off
@@ -72,7 +73,7 @@ SETTINGS = {
     "crop_scale":   (0.4,           0.08,        0.08,             "least part of image in view"),
     "epochs":       (5,             200,         1000,             "passes over the images"),
     "batch_size":   (128,           128,         2048,             "images of all processes"),
-    "optimizer":    ("lars",        "sgd",       "lars",           "lars or sgd"),
+    "optimizer":    ("lars",        "sgd",       "lars",           "lars or sgd; set rates, too"),
     "lr_weights":   (10.0,          0.12,        0.2,              "peak rate for batches of 256"),
     "lr_biases":    (0.1,           0.12,        0.0003,           "... of biases and BatchNorm"),
     "weight_decay": (0.0,           5e-4,        1.6e-5,           "weight decay"),
@@ -123,9 +124,9 @@ def loss_terms(z_a, z_b, redundancy="cross"):
         if d <= n:
             squares = (a.T @ partner / n).square().sum()
         else:
-            # ||A^T B||^2 = <A A^T, B B^T>, since both are tr(A A^T B B^T). With more units than
-            # images, as in all recipes, these N x N matrices are smaller than C, which is D x D
-            # (Garrido et al. 2022, arXiv 2206.02574).
+            # ||A^T B||^2 = tr(B^T A A^T B) = tr(A A^T B B^T), which is the sum of the products of
+            # the entries of A A^T and B B^T. With more units than images, as in all recipes, these
+            # N x N matrices are smaller than C, D x D (Garrido et al. 2022, arXiv 2206.02574).
             gram = a @ a.T
             gram_of_partner = partner @ partner.T
             squares = (gram * gram_of_partner).sum() / n**2
@@ -141,13 +142,15 @@ def barlow_twins_loss(z_a, z_b, lambd=0.0051, redundancy="cross"):
 
 
 def loss_floor(n, d, lambd):
-    """What the loss ("cross") of n images and d units cannot go below.
+    """What the loss ("cross") of n images and d units cannot go below: n images decorrelate n - 1
+    units at most.
 
-    Units are centred, so C has rank n - 1 at most, and its squares sum to (tr C)^2 / (n - 1) at
+    For units are centred, so C has rank n - 1 at most, and its squares sum to (tr C)^2 / (n - 1) at
     least (Cauchy-Schwarz). With all C_ii = c this is d^2 c^2 / (n - 1), of which d c^2 lies on the
     diagonal: the loss is at least d (1 - c)^2 + lambd * d * excess * c^2, where excess is
-    d / (n - 1) - 1. This is least at c = 1 / (1 + lambd * excess). Unequal C_ii are no better up to
-    a lambd of 1; above, the floor for 1 holds, because the loss grows with lambd."""
+    d / (n - 1) - 1. This is least at c = 1 / (1 + lambd * excess). Unequal C_ii of the same sum
+    only add to it, (1 - lambd) times their squares. Above a lambd of 1 the floor for 1 holds,
+    because the loss grows with lambd."""
     excess = max(0.0, d / (n - 1) - 1)
     lambd = min(lambd, 1.0)
     return lambd * d * excess / (1 + lambd * excess)
@@ -167,7 +170,7 @@ def gather_batch(z):
     parts[dist.get_rank()] = z  # with its gradient
     batch = torch.cat(parts)
     if batch.requires_grad:
-        batch.register_hook(lambda grad: grad * len(parts))  # the factor W
+        batch.register_hook(lambda grad: grad * len(parts))  # parts without a gradient ignore it
     return batch
 
 
@@ -187,18 +190,20 @@ def sometimes(p, changed, x):
 
 
 def crop_and_flip(x, size, scale):
-    """v2.RandomResizedCrop and v2.RandomHorizontalFlip by bilinear interpolation: (N, 3, H, W) ->
-    (N, 3, size, size). A crop's fraction of the area is uniform in `scale`, the ratio of its sides
-    log-uniform from 3/4 to 4/3, or in the part of this range around 1 in which it always fits."""
+    """v2.RandomResizedCrop and v2.RandomHorizontalFlip, bilinear, without antialiasing:
+    (N, 3, H, W), of any range -> (N, 3, size, size). A crop's fraction of the area is uniform in
+    `scale`, the ratio of its sides log-uniform from 3/4 to 4/3, or in the part of this range around
+    1 in which it always fits."""
     # Both sides of an image have length 2, from -1 to 1, those of a crop 2 * width and 2 * height.
+    # width^2 = area * ratio and height^2 = area / ratio are at most 1 if |log ratio| <= -log area.
     area = uniform(x, *scale)
-    bound = (-area.log()).clamp(max=math.log(4 / 3))  # width <= 1 and height <= 1
+    bound = (-area.log()).clamp(max=math.log(4 / 3))
     ratio = (bound * uniform(x, -1, 1)).exp()
     width = (area * ratio).sqrt()
     height = (area / ratio).sqrt()
     centre_x = (1 - width) * uniform(x, -1, 1)
     centre_y = (1 - height) * uniform(x, -1, 1)
-    flip = uniform(x, -1, 1).sign()
+    flip = torch.where(uniform(x, -1, 1) < 0, -1.0, 1.0)
     # Point (x, y) of a view, also from -1 to 1, is read at matrix @ (x, y, 1) of the image.
     zero = torch.zeros_like(width)
     matrix = torch.cat([flip * width, zero, centre_x, zero, height, centre_y], dim=1)
@@ -222,7 +227,8 @@ def adjust_saturation(x, factor):
 def adjust_hue(x, turn):
     """Turns the hue by a fraction of the colour circle, where red, green and blue lie at 0, 2 and 4
     sixths. From HSV back to RGB (Smith 1978; Wikipedia, "HSL and HSV"): each channel is `value` up
-    to one sixth from its own place, `value - chroma` from two sixths on, and falls in between."""
+    to one sixth from its own place, `value - chroma` from two sixths on, and falls in between.
+    (Orange, at half a sixth: red is `value`, green `value - chroma / 2`, blue `value - chroma`.)"""
     red, green, blue = x.split(1, dim=1)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
@@ -424,7 +430,7 @@ def train(args, train_set, whole_set, val_set):
     loader = DataLoader(train_set, n, sampler=sampler, drop_last=True, **options)
     steps = len(loader)
     autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.precision == "bf16")
-    scale = None if args.from_files else (args.crop_scale, 1.0)  # None: no crop, files have theirs
+    scale = None if args.from_files else (args.crop_scale, 1.0)  # load_data has cropped files
     watched = some(whole_set, 2000), some(val_set, 2000)
     if rank == 0 and state["epochs"] >= args.epochs:
         print(f"{args.out} holds a run of {state['epochs']} epochs, which is judged again")
@@ -461,7 +467,7 @@ def train(args, train_set, whole_set, val_set):
             state["epochs"] = epoch + 1
             state["seconds"] += time.monotonic() - started
             save_checkpoint(args, model, optimizer, state)
-            with autocast:  # to watch only; the result is computed in float32
+            with autocast:  # only to watch; the result is computed without
                 train_features = extract_features(model.backbone, whole_images(watched[0], args))
                 val_features = extract_features(model.backbone, whole_images(watched[1], args))
             knn = knn_accuracy(*train_features, *val_features, k=20)
@@ -478,10 +484,10 @@ def shapes(n, seed, size=32):
     labels = torch.randint(10, (n,), generator=generator)
     petals = (1 + labels % 5).view(n, 1, 1)
     outlined = (labels >= 5).view(n, 1, 1)
-    left, top, extent, gray, sign = torch.rand(5, n, 1, 1, generator=generator)
-    axis = torch.linspace(-0.5, 1.5, size)  # the centre, (left, top), lies in its middle half
-    x = axis - left  # (n, 1, size), from the centre
-    y = axis.view(size, 1) - top  # (n, size, 1)
+    centre_x, centre_y, extent, gray, sign = torch.rand(5, n, 1, 1, generator=generator)
+    axis = torch.linspace(-0.5, 1.5, size)  # of the image; centres lie from 0 to 1
+    x = axis - centre_x  # (n, 1, size)
+    y = axis.view(size, 1) - centre_y  # (n, size, 1)
     edge = (0.4 + 0.3 * extent) * (0.7 + 0.3 * torch.cos(petals * torch.atan2(y, x)))
     distance = torch.hypot(x, y) - edge  # in units of half an image, negative inside
     distance = torch.where(outlined, distance.abs() - 0.08, distance)
@@ -493,11 +499,11 @@ def shapes(n, seed, size=32):
 
 
 def read_image(path):
-    """The PIL image in a file. Raises Failure, which names the file."""
+    """The PIL image in a file. Raises OSError, which names the file."""
     try:
         return datasets.folder.default_loader(path)
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise Failure(f"cannot read the image {path}: {error}") from None
+        raise OSError(f"cannot read the image {path}: {error}") from None
 
 
 def two_crops(crop, image):
@@ -507,7 +513,7 @@ def two_crops(crop, image):
 def read_all(dataset):
     """The images and labels of a data set in memory."""
     parts = []
-    for images, labels in DataLoader(dataset, 1000, num_workers=torch.get_num_threads()):
+    for images, labels in DataLoader(dataset, 100, num_workers=torch.get_num_threads()):
         parts.append((images.clone(), labels.clone()))  # a worker's tensors keep files open
     images, labels = zip(*parts, strict=True)
     return TensorDataset(torch.cat(images), torch.cat(labels))
@@ -589,14 +595,16 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k=200, temperature=0.1):
 
 def linear_accuracy(train_x, train_y, test_x, test_y):
     """Accuracy of a linear probe, a logistic regression. Representations (N, F), labels (N,);
-    (M, F), (M,). The former are centred and divided by one number, so that their variances average
-    1. The penalty is 0.005 |w|^2: half or twice as much changes little (.github/measured.md)."""
+    (M, F), (M,). Representations are centred and divided by one number, so that those of training
+    have an average variance of 1. The penalty is 0.005 |w|^2: half or twice as much changes little
+    (.github/measured.md)."""
     mean = train_x.mean(dim=0)
     scale = train_x.var(dim=0).mean().sqrt().clamp(min=1e-12)
     train_x = (train_x - mean) / scale
     test_x = (test_x - mean) / scale
     probe = nn.Linear(train_x.shape[1], int(train_y.max()) + 1, device=train_x.device)
     nn.init.zeros_(probe.weight)
+    nn.init.zeros_(probe.bias)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
@@ -612,7 +620,7 @@ def linear_accuracy(train_x, train_y, test_x, test_y):
 def judge(args, model, whole_set, val_set, state):
     """Prints and logs the accuracies of raw pixels, the untrained and the trained backbone."""
     train_set = some(whole_set, args.labels)
-    k = max(1, min(200, len(train_set) // 50))  # 200 of 50,000 are usual; fewer labels, fewer votes
+    k = max(1, min(200, len(train_set) // 50))  # a fiftieth, at most the usual 200
     pixels = nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())
     untrained = build(args).backbone
     # BatchNorm's statistics come from training, so an untrained network gets them here.
@@ -672,8 +680,8 @@ def log(args, event, **values):
 
 def report(args, model, epoch, step, steps, terms, lr, started):
     """Prints and logs where training stands after `step` of `steps` in an epoch that began at the
-    moment `started`. terms: the means of the two terms of the loss since, (2,). Returns loss, floor
-    and images_per_second. Raises Failure if the loss or a weight is not finite."""
+    moment `started`. terms: the means of both terms of the loss since the epoch began, (2,).
+    Returns loss, floor and images_per_second. Raises Failure if loss or weights are not finite."""
     seconds = time.monotonic() - started
     invariance, redundancy = terms.tolist()
     loss = invariance + args.lambd * redundancy
@@ -795,8 +803,8 @@ def main(argv=None):
             draw_pictures(args, model, train_set)
             print(f"{args.out} holds backbone.pt, checkpoint.pt, log.jsonl and two pictures")
     except (Failure, OSError) as error:
-        # A Failure from a DataLoader's worker is wrapped in the worker's traceback.
-        sentence = str(error).rpartition("Failure: ")[2].strip()
+        # read_image fails in a DataLoader's worker, whose traceback ends with the sentence.
+        sentence = str(error).strip().splitlines()[-1].removeprefix("OSError: ")
         print(f"barlow_twins.py: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     finally:
