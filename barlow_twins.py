@@ -117,9 +117,12 @@ def loss_terms(z_a, z_b, redundancy="cross"):
         raise ValueError(f'redundancy is "cross" or "auto", not {redundancy!r}')
     a, b = standardize(z_a, z_b)
     n, d = a.shape
-    invariance_term = (1 - (a * b).mean(dim=0)).square().sum()
-    partner = b if redundancy == "cross" else a
-    diagonal = (a * partner).mean(dim=0)
+    diagonal = (a * b).mean(dim=0)  # of C
+    invariance_term = (1 - diagonal).square().sum()
+    partner = b
+    if redundancy == "auto":
+        partner = a
+        diagonal = (a * a).mean(dim=0)  # of the autocorrelation
     with torch.autocast(a.device.type, enabled=False):  # whatever the caller does
         if d <= n:
             squares = (a.T @ partner / n).square().sum()
@@ -424,7 +427,7 @@ def train(args, train_set, whole_set, val_set):
     if rank == 0:
         log(args, "config", **vars(args), processes=world_size, torch=torch.__version__)
     net = nn.parallel.DistributedDataParallel(model)
-    sampler = DistributedSampler(train_set, world_size, rank, seed=args.seed, drop_last=True)
+    sampler = DistributedSampler(train_set, seed=args.seed, drop_last=True)
     n = args.batch_size // world_size
     options = {"num_workers": args.workers, "pin_memory": DEVICE.type == "cuda"}
     loader = DataLoader(train_set, n, sampler=sampler, drop_last=True, **options)
@@ -462,7 +465,7 @@ def train(args, train_set, whole_set, val_set):
             sums += torch.stack([invariance, redundancy]).detach()
             # Not after every step, because to read the loss is to wait for the GPU.
             if rank == 0 and (step % 100 == 0 or step == steps):
-                state |= report(args, model, epoch + 1, step, steps, sums / step, lr, started)
+                state |= report(args, model, epoch + 1, step, steps, sums, lr, started)
         if rank == 0:
             state["epochs"] = epoch + 1
             state["seconds"] += time.monotonic() - started
@@ -678,19 +681,18 @@ def log(args, event, **values):
         file.write(json.dumps({"event": event, **values}) + "\n")
 
 
-def report(args, model, epoch, step, steps, terms, lr, started):
+def report(args, model, epoch, step, steps, sums, lr, started):
     """Prints and logs where training stands after `step` of `steps` in an epoch that began at the
-    moment `started`. terms: the means of both terms of the loss since the epoch began, (2,).
+    moment `started`. sums: of both terms of the loss since the epoch began, (2,).
     Returns loss, floor and images_per_second. Raises Failure if loss or weights are not finite."""
     seconds = time.monotonic() - started
-    invariance, redundancy = terms.tolist()
+    invariance, redundancy = (sums / step).tolist()
     loss = invariance + args.lambd * redundancy
     if not math.isfinite(loss + nn.utils.get_total_norm(model.parameters())):
         hint = "choose lower --lr-weights and --lr-biases, and another --out"
         raise Failure(f"loss or weights are not finite in epoch {epoch}: {hint}")
-    floor = None
-    if args.redundancy == "cross":
-        floor = loss_floor(args.batch_size, model.projector[-1].out_features, args.lambd)
+    d = model.projector[-1].out_features
+    floor = loss_floor(args.batch_size, d, args.lambd) if args.redundancy == "cross" else None
     speed = step * args.batch_size / seconds
     minutes = seconds / step * ((args.epochs - epoch + 1) * steps - step) / 60
     floor_text = "" if floor is None else f" (floor {floor:.1f})"
@@ -701,8 +703,8 @@ def report(args, model, epoch, step, steps, terms, lr, started):
         flush=True,
     )
     latest = {"loss": loss, "floor": floor, "images_per_second": speed}
-    both = {"invariance": invariance, "redundancy": redundancy}
-    log(args, "train", epoch=epoch, step=step, lr=lr, **both, **latest)
+    terms = {"invariance": invariance, "redundancy": redundancy}
+    log(args, "train", epoch=epoch, step=step, lr=lr, **terms, **latest)
     return latest
 
 
@@ -753,20 +755,23 @@ def parse_arguments(argv=None):
         add(flag, type=type(values[0]), choices=choices.get(name), help=f"{meaning} ({by_recipe})")
     args = parser.parse_args(argv)
     built_in = args.data in ("shapes", "cifar10")
+    if not built_in:
+        args.data = str(Path(args.data).resolve())
     args.recipe = args.recipe or ("small" if built_in else "resnet50")
     args.from_files = args.recipe == "resnet50" and args.data != "shapes"
-    args.out = args.out or f"runs/{Path(args.data).resolve().name}-{args.recipe}"
+    args.out = args.out or f"runs/{Path(args.data).name}-{args.recipe}"
     bf16 = False
     if hasattr(torch.cpu, "get_capabilities"):  # since torch 2.11
         bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     if DEVICE.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     args.precision = args.precision or ("bf16" if bf16 else "fp32")
+    bounds = {"epochs": 1, "batch_size": 2, "size": 8, "labels": 10}  # of the others: 0
     for name, values in SETTINGS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[RECIPES.index(args.recipe)])
         value = getattr(args, name)
-        least = {"epochs": 1, "batch_size": 2, "size": 8, "labels": 10}.get(name, 0)
+        least = bounds.get(name, 0)
         if not isinstance(value, str) and not least <= value < math.inf:
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} must be finite and at least {least}, not {value}")
