@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy
@@ -202,16 +203,16 @@ def test_crops_are_distributed_as_promised():
     assert (x[:, 0] + x[:, 2] - 2 * x[:, 1]).abs().max() < 1e-5  # even steps, also between pixels
 
 
-@pytest.mark.parametrize("size, blur, count", [(8, 0.0, 10000), (56, 0.7, 3000)])
-def test_views_are_distributed_as_torchvisions(size, blur, count):
+@pytest.mark.parametrize("size, count", [(8, 10000), (56, 3000)])
+def test_views_are_distributed_as_torchvisions(size, count):
     bars = torch.tensor([2] * (size // 2) + [1] * (size // 2)).expand(4, 3, size, size)
     images = (bars * torch.tensor([80, 60, 40]).view(3, 1, 1)).byte()
     jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8)
-    blurred = v2.RandomApply([v2.GaussianBlur(5, (0.1 * size / 224, 2.0 * size / 224))], blur)
+    blur = v2.RandomApply([v2.GaussianBlur(5, (0.1 * size / 224, 2.0 * size / 224))], 0.7)
     solarize = v2.RandomSolarize(0.5, 0.3)
-    steps = [v2.RandomHorizontalFlip(), jitter, v2.RandomGrayscale(0.2), blurred, solarize]
+    steps = [v2.RandomHorizontalFlip(), jitter, v2.RandomGrayscale(0.2), blur, solarize]
     theirs = torch.stack([v2.Compose(steps)(images[0] / 255) for _ in range(count)])
-    ours = torch.cat([bt.augment(images, size, None, blur, 0.3) for _ in range(count // 4)])
+    ours = torch.cat([bt.augment(images, size, None, 0.7, 0.3) for _ in range(count // 4)])
     undo = v2.Normalize([-485 / 229, -456 / 224, -406 / 225], [1 / 0.229, 1 / 0.224, 1 / 0.225])
     numbers = []
     for views in (undo(ours), theirs):
@@ -244,7 +245,7 @@ def test_a_step_stays_on_the_gpu_and_never_waits_for_it(recipe, monkeypatch):
     monkeypatch.setattr(torch, "randperm", numpy.random.permutation)  # drawn on the CPU
     args = bt.parse_arguments(["--recipe", recipe])
     gpu = torch.cuda.is_available()
-    with torch.enable_grad() if gpu else FakeTensorMode():
+    with nullcontext() if gpu else FakeTensorMode():
         with torch.device("cuda"):
             model = bt.BarlowTwins(args.arch, args.projector, recipe != "resnet50")
             images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
