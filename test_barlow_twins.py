@@ -308,7 +308,7 @@ def test_cifar10_is_read_from_files_laid_out_like_the_original_ones(tmp_path, mo
 
 def test_a_run_writes_what_it_promises(tmp_path, monkeypatch):
     monkeypatch.setattr(bt, "shapes", lambda n, seed, draw=bt.shapes: draw(n // 100, seed))
-    flags = f"--out {tmp_path} --epochs 2 --batch-size 99 --projector 256 --labels "
+    flags = f"--out {tmp_path} --epochs 2 --batch-size 40 --projector 256 --labels "
     bt.main((flags + "100").split())
     checkpoint = (tmp_path / "checkpoint.pt").read_bytes()
     bt.main((flags + "50").split())  # judged again
@@ -323,7 +323,9 @@ def test_a_run_writes_what_it_promises(tmp_path, monkeypatch):
     assert set(log[2]) == {"event", "epoch", "seconds", "knn"}
     assert set(log[-1]) == set(result.split()) | set(scores.split())
     assert log[-1]["labels"] == 50
-    assert log[-1]["floor"] == bt.loss_floor(99, 256, log[0]["lambd"])
+    assert log[-1]["floor"] == bt.loss_floor(40, 256, log[0]["lambd"])
+    assert 0 < log[2]["seconds"] < log[4]["seconds"] == log[-1]["seconds"]
+    assert log[1]["invariance"] < 256  # the mean of four steps, each of up to 1 for a unit
     files = "backbone.pt checkpoint.pt correlation.png log.jsonl views.png"
     assert {path.name for path in tmp_path.iterdir()} == set(files.split())
     bt.small_backbone().load_state_dict(torch.load(tmp_path / "backbone.pt"))
