@@ -56,11 +56,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # small: for any CPU, found by trying (.github/measured.md).
 # resnet18: for CIFAR-10 on a GPU, as in lightly's benchmark (https://docs.lightly.ai).
 # resnet50: for ImageNet, as the authors (paper, section 2.2, and their code). It reads images when
-#   they are needed (args.from_files); the others keep them in memory, shrunk to 32 pixels, or to
-#   --size if it is more. The authors' 16 GPUs average gradients where a sum is needed, so theirs is
-#   1/16 of the true gradient; ours is the true one. Hence their rate of biases, 0.0048, is divided
-#   by 16, and their weight decay, 1e-6, multiplied by it, which keeps its share in the gradient.
-#   (LARS makes the steps of weights independent of the length of the gradient.)
+#   they are needed (args.from_files; never for drawings), the others keep them in memory, with a
+#   side of 32 pixels or --size if it is more. The authors' 16 GPUs average gradients where a sum is
+#   needed (see gather_batch), so theirs is 1/16 of the true gradient; ours is the true one. Hence
+#   their rate of biases, 0.0048, is divided by 16, and their weight decay, 1e-6, multiplied by it,
+#   which keeps its share in the gradient. (LARS makes the steps of weights independent of the
+#   length of the gradient.)
 
 RECIPES = ("small", "resnet18", "resnet50")
 # fmt: off
@@ -148,12 +149,12 @@ def loss_floor(n, d, lambd):
     """What the loss ("cross") of n images and d units cannot go below: n images decorrelate n - 1
     units at most.
 
-    For units are centred, so C has rank n - 1 at most, and its squares sum to (tr C)^2 / (n - 1) at
-    least (Cauchy-Schwarz). With all C_ii = c this is d^2 c^2 / (n - 1), of which d c^2 lies on the
-    diagonal: the loss is at least d (1 - c)^2 + lambd * d * excess * c^2, where excess is
-    d / (n - 1) - 1. This is least at c = 1 / (1 + lambd * excess). Unequal C_ii of the same sum
-    only add to it, (1 - lambd) times their squares. Above a lambd of 1 the floor for 1 holds,
-    because the loss grows with lambd."""
+    For units are centred, so C has n - 1 singular values at most. They sum to tr C at least, so by
+    Cauchy-Schwarz their squares, which sum as those of C, to (tr C)^2 / (n - 1) at least. With all
+    C_ii = c this is d^2 c^2 / (n - 1), of which d c^2 lies on the diagonal: the loss is at least
+    d (1 - c)^2 + lambd * d * excess * c^2, where excess is d / (n - 1) - 1. This is least at
+    c = 1 / (1 + lambd * excess). Unequal C_ii of mean c add (1 - lambd) times their squared
+    deviations. Above a lambd of 1 the floor for 1 holds, because the loss grows with lambd."""
     excess = max(0.0, d / (n - 1) - 1)
     lambd = min(lambd, 1.0)
     return lambd * d * excess / (1 + lambd * excess)
@@ -235,9 +236,9 @@ def adjust_hue(x, turn):
     red, green, blue = x.split(1, dim=1)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
-    hue = torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
-    hue = torch.where(value == red, green - blue, hue) / chroma.clamp(min=1e-12)  # in sixths
-    hue = (hue + 6 * turn) % 6
+    offset = torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
+    offset = torch.where(value == red, green - blue, offset)
+    hue = (offset / chroma.clamp(min=1e-12) + 6 * turn) % 6  # in sixths
     places = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)
     distance = (hue - places).abs()
     distance = torch.minimum(distance, 6 - distance)  # the shorter way round the circle
@@ -286,7 +287,7 @@ def augment(images, size, scale=(0.08, 1.0), blur=0.0, solarize=0.0):
     x = crop_and_flip(images.float(), size, scale or (1.0, 1.0)) / 255
     x = sometimes(0.8, color_jitter(x), x)  # v2.RandomApply([v2.ColorJitter(.4, .4, .2, .1)], 0.8)
     x = sometimes(0.2, TF.rgb_to_grayscale(x, 3), x)  # v2.RandomGrayscale(0.2)
-    if size > 32:  # in smaller views sigma is below 0.3, which changes nothing
+    if size > 32:  # in smaller views sigma is below 0.3, which changes next to nothing
         sigma = uniform(x, 0.1, 2.0) * size / 224
         x = sometimes(blur, gaussian_blur(x, sigma), x)  # v2.RandomApply([v2.GaussianBlur], blur)
     x = sometimes(solarize, torch.minimum(x, 1 - x), x)  # v2.RandomSolarize(0.5, solarize)
@@ -388,7 +389,7 @@ def make_optimizer(args, model):
 
 def learning_rate(epoch, epochs):
     """Fraction of the peak rate at a moment, such as epoch 2.5 (paper, section 2.2): a linear
-    warm-up of 10 epochs, or of a tenth of shorter runs, then half a cosine from 1 to 0.001."""
+    warm-up of 10 epochs, or a tenth of the run if it is less, then half a cosine to 0.001."""
     warmup = min(10, epochs / 10)
     if epoch < warmup:
         return epoch / warmup
@@ -398,7 +399,7 @@ def learning_rate(epoch, epochs):
 
 # ------------------------------------------------------------------------------------ Training
 # `main` has joined the processes of torchrun, or made a group of this one, and chosen the GPU.
-# Further down stand what `train` reads (`load_data`), watches itself by (`extract_features`,
+# Further down stands what `train` reads (`load_data`), watches itself by (`extract_features`,
 # `knn_accuracy`), prints (`report`) and keeps (`log`, checkpoints).
 
 
@@ -451,6 +452,7 @@ def train(args, train_set, whole_set, val_set):
             optimizer.param_groups[0]["lr"] = lr
             optimizer.param_groups[1]["lr"] = args.lr_biases * args.batch_size / 256 * fraction
             images = images.to(DEVICE, non_blocking=True)
+            # Files come as two crops of each image, (n, 2, 3, size, size).
             images_a, images_b = images.unbind(1) if args.from_files else (images, images)
             view_a = augment(images_a, args.size, scale, blur=1.0, solarize=0.0)  # T
             view_b = augment(images_b, args.size, scale, blur=0.1, solarize=0.2)  # T'
@@ -466,7 +468,7 @@ def train(args, train_set, whole_set, val_set):
             # Not after every step, because to read the loss is to wait for the GPU.
             if rank == 0 and (step % 100 == 0 or step == steps):
                 state |= report(args, model, epoch + 1, step, steps, sums, lr, started)
-        if rank == 0:
+        if rank == 0:  # the others wait in their next step
             state["epochs"] = epoch + 1
             state["seconds"] += time.monotonic() - started
             save_checkpoint(args, model, optimizer, state)
@@ -491,6 +493,7 @@ def shapes(n, seed, size=32):
     axis = torch.linspace(-0.5, 1.5, size)  # of the image; centres lie from 0 to 1
     x = axis - centre_x  # (n, 1, size)
     y = axis.view(size, 1) - centre_y  # (n, size, 1)
+    # The outline's distance from the centre, in the direction of each pixel:
     edge = (0.4 + 0.3 * extent) * (0.7 + 0.3 * torch.cos(petals * torch.atan2(y, x)))
     distance = torch.hypot(x, y) - edge  # in units of half an image, negative inside
     distance = torch.where(outlined, distance.abs() - 0.08, distance)
@@ -525,7 +528,8 @@ def read_all(dataset):
 def load_data(args):
     """Training set, whole training images and whole validation images, each uint8 (3, H, W) and a
     label. In memory the first two are one. With args.from_files images are read when they are
-    needed, those to train on as two random crops, (2, 3, size, size). Raises Failure."""
+    needed, those to train on as two random crops, (2, 3, size, size). Raises Failure; OSError for
+    a damaged image."""
     if args.data == "shapes":
         train_set = TensorDataset(*shapes(16_000, seed=1))
         return train_set, train_set, TensorDataset(*shapes(4_000, seed=2))
@@ -547,8 +551,9 @@ def load_data(args):
             if whole_set.classes != val_set.classes:
                 raise Failure(f"--data {args.data}: train and val must hold the same classes")
     except (OSError, RuntimeError) as error:
-        hint = "a folder has train/CLASS/* and val/CLASS/*, cifar-10-python.tar.gz is in --data-dir"
-        raise Failure(f"cannot use --data {args.data} ({error}): {hint}") from None
+        folder = "a folder needs train/CLASS/* and val/CLASS/*"
+        archive = "cifar10 needs a network, once, or cifar-10-python.tar.gz in --data-dir"
+        raise Failure(f"cannot use --data {args.data} ({error}): {folder}, {archive}") from None
     if not args.from_files:
         whole_set = read_all(whole_set)
         return whole_set, whole_set, read_all(val_set)
@@ -649,7 +654,7 @@ def judge(args, model, whole_set, val_set, state):
 @torch.no_grad()
 def draw_pictures(args, model, train_set):
     """views.png: pairs of views. correlation.png: C of 256 units before and after training, from -1
-    (blue) over 0 (white) to 1 (red), by 4,096 images, so that chance adds about 1/64 only."""
+    (blue) over 0 (white) to 1 (red), by up to 4,096 images, so that chance adds about 1/64 only."""
     untrained = build(args)
     # BatchNorm by each batch, since the untrained projector has no statistics. (This spoils those
     # of the trained network, which nothing needs any more.)
@@ -800,7 +805,7 @@ def main(argv=None):
         train_set, whole_set, val_set = load_data(args)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         model, state = train(args, train_set, whole_set, val_set)
-        dist.destroy_process_group()  # the others need not wait while the first one judges
+        dist.destroy_process_group()  # none waits for the first; SyncBatchNorm is BatchNorm now
         if first:
             weights = {name: x.cpu() for name, x in model.backbone.state_dict().items()}
             torch.save(weights, Path(args.out, "backbone.pt"))
