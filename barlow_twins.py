@@ -23,8 +23,8 @@ lambda          lambd
     torchrun --nproc-per-node 8 barlow_twins.py --data imagenet/     # a folder: the paper's recipe
 
 `python barlow_twins.py` is one process. A run writes a log and, after every epoch, a checkpoint,
-from which the same command goes on. All randomness follows from seed, epoch and process. In the end
-a linear probe and kNN judge the backbone, by whole images and their labels.
+from which the same command goes on. All randomness follows from seed, epoch and process, that of
+files also from --workers. In the end a linear probe and kNN judge the backbone by whole images.
 """
 
 import argparse
@@ -271,7 +271,7 @@ def gaussian_blur(x, sigma):
 def normalize(x):
     """Standardizes the channels by ImageNet's means and deviations, as torchvision's models do."""
     red, green, blue = x.unbind(dim=1)
-    # By numbers, because a tensor of them would be copied to the GPU, which waits for it.
+    # By numbers, because to copy a tensor of them to the GPU is to wait for it.
     channels = [(red - 0.485) / 0.229, (green - 0.456) / 0.224, (blue - 0.406) / 0.225]
     return torch.stack(channels, dim=1)
 
@@ -447,10 +447,10 @@ def train(args, train_set, whole_set, val_set):
         started = time.monotonic()
         net.train()
         for step, (images, _) in enumerate(loader, start=1):
-            fraction = learning_rate(epoch + (step - 1) / steps, args.epochs)
-            lr = args.lr_weights * args.batch_size / 256 * fraction
+            factor = args.batch_size / 256 * learning_rate(epoch + (step - 1) / steps, args.epochs)
+            lr = args.lr_weights * factor
             optimizer.param_groups[0]["lr"] = lr
-            optimizer.param_groups[1]["lr"] = args.lr_biases * args.batch_size / 256 * fraction
+            optimizer.param_groups[1]["lr"] = args.lr_biases * factor
             images = images.to(DEVICE, non_blocking=True)
             # Files come as two crops of each image, (n, 2, 3, size, size).
             images_a, images_b = images.unbind(1) if args.from_files else (images, images)

@@ -115,6 +115,7 @@ def test_descent_on_the_embeddings_ends_at_the_floor():
         optimizer.step()
     assert 1 - 1e-5 <= loss / bt.loss_floor(32, 64, 0.1) <= 1 + 1e-3
     assert bt.loss_floor(65, 64, 0.1) == 0
+    assert bt.loss_floor(32, 64, 9.0) == bt.loss_floor(32, 64, 1.0)
 
 
 @pytest.mark.parametrize("function", [bt.cross_correlation, bt.barlow_twins_loss])
