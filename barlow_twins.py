@@ -14,17 +14,16 @@ T, T'           two calls of augment
 Y^A, Y^B        view_a, view_b, float (N, 3, size, size)
 f               net: the backbone makes representations (N, F), the projector embeddings of them
 Z^A, Z^B        z_a, z_b, embeddings (N, D)
-C               cross_correlation(z_a, z_b), (D, D)
-lambda          lambd
+C, lambda       cross_correlation(z_a, z_b), (D, D); lambd
 
     torchrun barlow_twins.py                                         # built-in data, a minute
     torchrun barlow_twins.py --data cifar10                          # CIFAR-10, three minutes
     torchrun barlow_twins.py --data cifar10 --recipe resnet18        # ... on a GPU
     torchrun --nproc-per-node 8 barlow_twins.py --data imagenet/     # a folder: the paper's recipe
 
-`python barlow_twins.py` is one process. A run writes a log and, after every epoch, a checkpoint,
-from which the same command goes on. All randomness follows from seed, epoch and process, that of
-files also from --workers. In the end a linear probe and kNN judge the backbone by whole images.
+`python barlow_twins.py` is one process. After every epoch a run writes a checkpoint, from which the
+same command goes on. All randomness follows from seed, epoch and process (and, for files, from
+--workers). In the end a linear probe and kNN judge the backbone by whole images.
 """
 
 import argparse
@@ -55,13 +54,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # ------------------------------------------------------------------------------------- Recipes
 # small: for any CPU, found by trying (.github/measured.md).
 # resnet18: for CIFAR-10 on a GPU, as in lightly's benchmark (https://docs.lightly.ai).
-# resnet50: for ImageNet, as the authors (paper, section 2.2, and their code). It reads images when
-#   they are needed (args.from_files; never for drawings), the others keep them in memory, with a
-#   side of 32 pixels or --size if it is more. The authors' 16 GPUs average gradients where a sum is
-#   needed (see gather_batch), so theirs is 1/16 of the true gradient; ours is the true one. Hence
-#   their rate of biases, 0.0048, is divided by 16, and their weight decay, 1e-6, multiplied by it,
-#   which keeps its share in the gradient. (LARS makes the steps of weights independent of the
-#   length of the gradient.)
+# resnet50: for ImageNet, as the authors (paper, section 2.2, and their code). Their 16 GPUs average
+#   gradients where a sum is needed (see gather_batch), so theirs is 1/16 of the true one, which is
+#   ours. Hence their rate of biases, 0.0048, is divided by 16, and their weight decay, 1e-6,
+#   multiplied by it. (LARS makes steps of weights independent of the length of the gradient.)
 
 RECIPES = ("small", "resnet18", "resnet50")
 # fmt: off
@@ -108,7 +104,7 @@ def cross_correlation(z_a, z_b):
 
 
 def loss_terms(z_a, z_b, redundancy="cross"):
-    """The two sums of equation 1, sum_i (1 - C_ii)^2 and sum_{i != j} C_ij^2, as float32 scalars.
+    """sum_i (1 - C_ii)^2 and sum_{i != j} C_ij^2, the two sums of equation 1, as float32 scalars.
 
     z_a, z_b: (N, D), the embeddings of the two views; row n of both belongs to image n.
     redundancy: "cross" sums over C, as the paper does; "auto" over the autocorrelation of z_a, as
@@ -128,19 +124,14 @@ def loss_terms(z_a, z_b, redundancy="cross"):
         if d <= n:
             squares = (a.T @ partner / n).square().sum()
         else:
-            # ||A^T B||^2 = tr(B^T A A^T B) = tr(A A^T B B^T), which is the sum of the products of
-            # the entries of A A^T and B B^T. With more units than images, as in all recipes, these
+            # ||A^T B||^2 = tr(A A^T B B^T): with more units than images, as in all recipes, these
             # N x N matrices are smaller than C, D x D (Garrido et al. 2022, arXiv 2206.02574).
-            gram = a @ a.T
-            gram_of_partner = partner @ partner.T
-            squares = (gram * gram_of_partner).sum() / n**2
-    redundancy_term = squares - diagonal.square().sum()
-    return invariance_term, redundancy_term
+            squares = ((a @ a.T) * (partner @ partner.T)).sum() / n**2
+    return invariance_term, squares - diagonal.square().sum()
 
 
 def barlow_twins_loss(z_a, z_b, lambd=0.0051, redundancy="cross"):
-    """Equation 1 of the paper, a float32 scalar, with the arguments of `loss_terms`. (`train` adds
-    the two terms itself, to log them.)"""
+    """Equation 1 of the paper, a float32 scalar, with the arguments of `loss_terms`."""
     invariance_term, redundancy_term = loss_terms(z_a, z_b, redundancy)
     return invariance_term + lambd * redundancy_term
 
@@ -149,12 +140,10 @@ def loss_floor(n, d, lambd):
     """What the loss ("cross") of n images and d units cannot go below: n images decorrelate n - 1
     units at most.
 
-    For units are centred, so C has n - 1 singular values at most. They sum to tr C at least, so by
-    Cauchy-Schwarz their squares, which sum as those of C, to (tr C)^2 / (n - 1) at least. With all
-    C_ii = c this is d^2 c^2 / (n - 1), of which d c^2 lies on the diagonal: the loss is at least
+    For units are centred, so C has n - 1 singular values at most, and by Cauchy-Schwarz its squares
+    sum to (tr C)^2 / (n - 1) at least. With all C_ii = c, which is best, the loss is at least
     d (1 - c)^2 + lambd * d * excess * c^2, where excess is d / (n - 1) - 1. This is least at
-    c = 1 / (1 + lambd * excess). Unequal C_ii of mean c add (1 - lambd) times their squared
-    deviations. Above a lambd of 1 the floor for 1 holds, because the loss grows with lambd."""
+    c = 1 / (1 + lambd * excess). Since the loss grows with lambd, the floor for 1 holds above 1."""
     excess = max(0.0, d / (n - 1) - 1)
     lambd = min(lambd, 1.0)
     return lambd * d * excess / (1 + lambd * excess)
@@ -165,8 +154,7 @@ def gather_batch(z):
 
     Every process computes the loss of all rows, but passes its gradient to its own rows only, so
     the true gradient is the sum of all. DistributedDataParallel averages them: hence a factor W.
-    n must be the same in all processes; a single one gets its z. (For W processes to be exactly as
-    one, BatchNorm must be synchronized, too, as it is on GPUs.)"""
+    n must be the same in all processes. (To act exactly as one they must synchronize BatchNorm.)"""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return z
     parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
@@ -190,14 +178,14 @@ def uniform(x, low, high):
 
 def sometimes(p, changed, x):
     """Each image is taken from `changed` with probability p, else from x."""
-    return torch.where(uniform(x, 0, 1) < p, changed, x)
+    chosen = (uniform(x, 0, 1) < p).float()
+    return torch.lerp(x, changed, chosen)  # faster than torch.where
 
 
 def crop_and_flip(x, size, scale):
     """v2.RandomResizedCrop and v2.RandomHorizontalFlip, bilinear, without antialiasing:
-    (N, 3, H, W), of any range -> (N, 3, size, size). A crop's fraction of the area is uniform in
-    `scale`, the ratio of its sides log-uniform from 3/4 to 4/3, or in the part of this range around
-    1 in which it always fits."""
+    (N, 3, H, W), of any range -> (N, 3, size, size). The area of a crop is uniform in `scale`, the
+    ratio of its sides log-uniform from 3/4 to 4/3, or in the part around 1 where it always fits."""
     # Both sides of an image have length 2, from -1 to 1, those of a crop 2 * width and 2 * height.
     # width^2 = area * ratio and height^2 = area / ratio are at most 1 if |log ratio| <= -log area.
     area = uniform(x, *scale)
@@ -215,24 +203,10 @@ def crop_and_flip(x, size, scale):
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def adjust_brightness(x, factor):
-    return (factor * x).clamp(0, 1)
-
-
-def adjust_contrast(x, factor):
-    mean = TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True)
-    return torch.lerp(mean, x, factor).clamp(0, 1)
-
-
-def adjust_saturation(x, factor):
-    return torch.lerp(TF.rgb_to_grayscale(x, 3), x, factor).clamp(0, 1)
-
-
 def adjust_hue(x, turn):
     """Turns the hue by a fraction of the colour circle, where red, green and blue lie at 0, 2 and 4
-    sixths. From HSV back to RGB (Smith 1978; Wikipedia, "HSL and HSV"): each channel is `value` up
-    to one sixth from its own place, `value - chroma` from two sixths on, and falls in between.
-    (Orange, at half a sixth: red is `value`, green `value - chroma / 2`, blue `value - chroma`.)"""
+    sixths. From HSV back to RGB (Smith 1978; Wikipedia, "HSL and HSV"): a channel is `value` up to
+    one sixth from its own place, `value - chroma` from two sixths on, and falls in between."""
     red, green, blue = x.split(1, dim=1)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
@@ -246,16 +220,18 @@ def adjust_hue(x, turn):
 
 
 def color_jitter(x):
-    """The four operations in one random order for the batch."""
-    operations = [
-        (adjust_brightness, 0.6, 1.4),
-        (adjust_contrast, 0.6, 1.4),
-        (adjust_saturation, 0.8, 1.2),
-        (adjust_hue, -0.1, 0.1),
-    ]
+    """v2.ColorJitter(0.4, 0.4, 0.2, 0.1), with one random order of the operations for the batch."""
+    operations = ["brightness", "contrast", "saturation", "hue"]
     for i in torch.randperm(4).tolist():
-        adjust, low, high = operations[i]
-        x = adjust(x, uniform(x, low, high))
+        if operations[i] == "brightness":
+            x = (uniform(x, 0.6, 1.4) * x).clamp_(0, 1)
+        elif operations[i] == "contrast":
+            mean = TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True)
+            x = torch.lerp(mean, x, uniform(x, 0.6, 1.4)).clamp_(0, 1)
+        elif operations[i] == "saturation":
+            x = torch.lerp(TF.rgb_to_grayscale(x, 3), x, uniform(x, 0.8, 1.2)).clamp_(0, 1)
+        else:
+            x = adjust_hue(x, uniform(x, -0.1, 0.1))
     return x
 
 
@@ -277,12 +253,11 @@ def normalize(x):
 
 
 def augment(images, size, scale=(0.08, 1.0), blur=0.0, solarize=0.0):
-    """T or T', which differ in the probabilities of blur and solarization (paper, section 2.1):
-    uint8 (N, 3, H, W) -> normalized float (N, 3, size, size).
+    """T or T' (paper, section 2.1): uint8 (N, 3, H, W) -> normalized float (N, 3, size, size).
 
     scale: the least and the largest part of an image in a view; None if it is cropped already.
-    Sigma, of the blur, is 0.1 to 2 pixels at a size of 224 (BYOL, arXiv 2006.07733, appendix B),
-    and less in proportion at smaller ones."""
+    blur, solarize: probabilities. The blur's sigma is 0.1 to 2 pixels at a size of 224 (BYOL, arXiv
+        2006.07733, appendix B), and less in proportion at smaller ones."""
     # v2.RandomResizedCrop(size, scale) and v2.RandomHorizontalFlip()
     x = crop_and_flip(images.float(), size, scale or (1.0, 1.0)) / 255
     x = sometimes(0.8, color_jitter(x), x)  # v2.RandomApply([v2.ColorJitter(.4, .4, .2, .1)], 0.8)
@@ -346,7 +321,7 @@ def build(args):
 
 
 # ----------------------------------------------------------------------------------- Optimizer
-class LARS(torch.optim.Optimizer):
+class LARS(torch.optim.SGD):
     """SGD with momentum and steps in proportion to the norm of each layer's weights w:
 
         g <- g + weight_decay * w
@@ -358,27 +333,23 @@ class LARS(torch.optim.Optimizer):
     the first two lines, and the factor of the second is 1 where either norm is 0."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
+        super().__init__(params, lr, momentum)
+        self.weight_decay = weight_decay
+        self.eta = eta
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for w in group["params"]:
-                if w.grad is None:
-                    continue
-                g = w.grad
-                if w.ndim > 1:
-                    g = g.add(w, alpha=group["weight_decay"])
-                    factor = group["eta"] * w.norm() / g.norm()
-                    g.mul_(torch.where(factor.isfinite() & (factor > 0), factor, 1.0))
-                if w not in self.state:
-                    self.state[w]["m"] = torch.zeros_like(w)
-                m = self.state[w]["m"].mul_(group["momentum"]).add_(g)
-                w.sub_(m, alpha=group["lr"])
+                if w.grad is not None and w.ndim > 1:
+                    g = w.grad.add(w, alpha=self.weight_decay)
+                    factor = self.eta * w.norm() / g.norm()
+                    w.grad = g.mul_(torch.where(factor.isfinite() & (factor > 0), factor, 1.0))
+        super().step()  # the last two lines
 
 
 def make_optimizer(args, model):
-    """With two groups, weights and vectors, whose rates `train` sets in every step. LARS decays the
+    """Weights and vectors have rates of their own, which `train` sets in every step. LARS decays
     weights only, SGD both, as in lightly's benchmark."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -398,9 +369,8 @@ def learning_rate(epoch, epochs):
 
 
 # ------------------------------------------------------------------------------------ Training
-# `main` has joined the processes of torchrun, or made a group of this one, and chosen the GPU.
-# Further down stands what `train` reads (`load_data`), watches itself by (`extract_features`,
-# `knn_accuracy`), prints (`report`) and keeps (`log`, checkpoints).
+# `main` has started the process group. Further down stands what `train` reads (`load_data`), is
+# watched by (`extract_features`, `knn_accuracy`), prints (`report`) and keeps (`log`, checkpoints).
 
 
 class Failure(Exception):
@@ -408,16 +378,15 @@ class Failure(Exception):
 
 
 def train(args, train_set, whole_set, val_set):
-    """Trains a network and returns it with its state: epochs, seconds, images_per_second, loss and
-    floor. train_set is for the views, whole_set (the same images) and val_set for kNN.
+    """Trains a network on views of train_set, watched by whole images of the other two sets, and
+    returns it with its state: epochs, seconds, images_per_second, loss and floor.
 
     Goes on from the checkpoint in args.out, which it writes after every epoch. Raises Failure if
     batch size or checkpoint do not fit, and if the loss is not finite."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if args.batch_size % world_size or not 2 * world_size <= args.batch_size <= len(train_set):
-        limits = f"from {2 * world_size} to {len(train_set)}, the number of images, and a multiple"
-        processes = f"of {world_size}, the number of processes"
-        raise Failure(f"--batch-size must be {limits} {processes}, not {args.batch_size}")
+        limits = f"a multiple of {world_size} processes, 2 images each to {len(train_set)} in all"
+        raise Failure(f"--batch-size must be {limits}, not {args.batch_size}")
     model = build(args)
     if DEVICE.type == "cuda":  # on CPUs BatchNorm sees the images of its own process only
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -518,18 +487,16 @@ def two_crops(crop, image):
 
 def read_all(dataset):
     """The images and labels of a data set in memory."""
-    parts = []
-    for images, labels in DataLoader(dataset, 100, num_workers=torch.get_num_threads()):
-        parts.append((images.clone(), labels.clone()))  # a worker's tensors keep files open
+    loader = DataLoader(dataset, 100, num_workers=torch.get_num_threads())
+    parts = [(x.clone(), y.clone()) for x, y in loader]  # a worker's tensors keep files open
     images, labels = zip(*parts, strict=True)
     return TensorDataset(torch.cat(images), torch.cat(labels))
 
 
 def load_data(args):
-    """Training set, whole training images and whole validation images, each uint8 (3, H, W) and a
-    label. In memory the first two are one. With args.from_files images are read when they are
-    needed, those to train on as two random crops, (2, 3, size, size). Raises Failure; OSError for
-    a damaged image."""
+    """Training set, whole training images and whole validation images: uint8 (3, H, W) and a label.
+    In memory, with a side of 32 pixels or --size, the first two are one; with args.from_files the
+    first gives two random crops of each image, (2, 3, size, size). Raises Failure and OSError."""
     if args.data == "shapes":
         train_set = TensorDataset(*shapes(16_000, seed=1))
         return train_set, train_set, TensorDataset(*shapes(4_000, seed=2))
@@ -551,9 +518,8 @@ def load_data(args):
             if whole_set.classes != val_set.classes:
                 raise Failure(f"--data {args.data}: train and val must hold the same classes")
     except (OSError, RuntimeError) as error:
-        folder = "a folder needs train/CLASS/* and val/CLASS/*"
-        archive = "cifar10 needs a network, once, or cifar-10-python.tar.gz in --data-dir"
-        raise Failure(f"cannot use --data {args.data} ({error}): {folder}, {archive}") from None
+        needs = "train/CLASS/*, val/CLASS/*; cifar10 a network or its .tar.gz in --data-dir"
+        raise Failure(f"cannot use --data {args.data} ({error}): a folder needs {needs}") from None
     if not args.from_files:
         whole_set = read_all(whole_set)
         return whole_set, whole_set, read_all(val_set)
@@ -576,8 +542,6 @@ def whole_images(dataset, args):
 
 
 # ------------------------------------------------------------------------------------- Judging
-
-
 @torch.no_grad()
 def extract_features(backbone, batches):
     """Representations, float32 (N, F), and labels, (N,), from batches of normalized images,
@@ -602,10 +566,9 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k=200, temperature=0.1):
 
 
 def linear_accuracy(train_x, train_y, test_x, test_y):
-    """Accuracy of a linear probe, a logistic regression. Representations (N, F), labels (N,);
-    (M, F), (M,). Representations are centred and divided by one number, so that those of training
-    have an average variance of 1. The penalty is 0.005 |w|^2: half or twice as much changes little
-    (.github/measured.md)."""
+    """Accuracy of a linear probe: a logistic regression on representations that are centred and
+    divided by one number, so that those of training have an average variance of 1. The penalty is
+    0.005 |w|^2: half or twice as much changes little (.github/measured.md). Shapes as above."""
     mean = train_x.mean(dim=0)
     scale = train_x.var(dim=0).mean().sqrt().clamp(min=1e-12)
     train_x = (train_x - mean) / scale
@@ -649,16 +612,12 @@ def judge(args, model, whole_set, val_set, state):
 
 
 # ------------------------------------------------------------------------------------ Pictures
-
-
 @torch.no_grad()
 def draw_pictures(args, model, train_set):
     """views.png: pairs of views. correlation.png: C of 256 units before and after training, from -1
     (blue) over 0 (white) to 1 (red), by up to 4,096 images, so that chance adds about 1/64 only."""
     untrained = build(args)
-    # BatchNorm by each batch, since the untrained projector has no statistics. (This spoils those
-    # of the trained network, which nothing needs any more.)
-    model.train()
+    model.train()  # BatchNorm by each batch, as in the untrained one, which has no statistics
     drawn = some(train_set, 4096)
     scale = None if args.from_files else (args.crop_scale, 1.0)
     embeddings = []
@@ -696,19 +655,19 @@ def report(args, model, epoch, step, steps, sums, lr, started):
     if not math.isfinite(loss + nn.utils.get_total_norm(model.parameters())):
         hint = "choose lower --lr-weights and --lr-biases, and another --out"
         raise Failure(f"loss or weights are not finite in epoch {epoch}: {hint}")
-    d = model.projector[-1].out_features
-    floor = loss_floor(args.batch_size, d, args.lambd) if args.redundancy == "cross" else None
+    floor = None
+    if args.redundancy == "cross":
+        floor = loss_floor(args.batch_size, model.projector[-1].out_features, args.lambd)
     speed = step * args.batch_size / seconds
     minutes = seconds / step * ((args.epochs - epoch + 1) * steps - step) / 60
-    floor_text = "" if floor is None else f" (floor {floor:.1f})"
     print(
         f"epoch {epoch}/{args.epochs}: loss {loss:.2f} =",
-        f"{invariance:.2f} + {args.lambd} * {redundancy:.1f}{floor_text},",
+        f"{invariance:.2f} + {args.lambd} * {redundancy:.1f} (floor {floor or 0:.1f}),",
         f"rate {lr:.3g}, {speed:.0f} images/s, {minutes:.1f} minutes left",
         flush=True,
     )
-    latest = {"loss": loss, "floor": floor, "images_per_second": speed}
     terms = {"invariance": invariance, "redundancy": redundancy}
+    latest = {"loss": loss, "floor": floor, "images_per_second": speed}
     log(args, "train", epoch=epoch, step=step, lr=lr, **terms, **latest)
     return latest
 
@@ -744,8 +703,8 @@ def load_checkpoint(args, model, optimizer):
 
 def parse_arguments(argv=None):
     """The flags, completed by the recipe. Bad ones exit with 2."""
-    parser = argparse.ArgumentParser(description="Trains and judges a network by Barlow Twins.")
-    parser.error = lambda message: parser.exit(2, f"barlow_twins.py: {message}\n")
+    description = "Trains and judges a network by Barlow Twins."
+    parser = argparse.ArgumentParser(description=description, usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--data", default="shapes", help="shapes, cifar10 or a folder with train/CLASS, val/CLASS")
     add("--recipe", choices=RECIPES, help="default: small, or resnet50 for a folder")
@@ -765,11 +724,10 @@ def parse_arguments(argv=None):
     args.recipe = args.recipe or ("small" if built_in else "resnet50")
     args.from_files = args.recipe == "resnet50" and args.data != "shapes"
     args.out = args.out or f"runs/{Path(args.data).name}-{args.recipe}"
-    bf16 = False
-    if hasattr(torch.cpu, "get_capabilities"):  # since torch 2.11
-        bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
     if DEVICE.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # torch.cpu.get_capabilities is there since torch 2.11
+        bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     args.precision = args.precision or ("bf16" if bf16 else "fp32")
     bounds = {"epochs": 1, "batch_size": 2, "size": 8, "labels": 10}  # of the others: 0
     for name, values in SETTINGS.items():
