@@ -54,10 +54,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # ------------------------------------------------------------------------------------- Recipes
 # small: for any CPU, found by trying (.github/measured.md).
 # resnet18: for CIFAR-10 on a GPU, as in lightly's benchmark (https://docs.lightly.ai).
-# resnet50: for ImageNet, as the authors (paper, section 2.2, and their code). Their 16 GPUs average
-#   gradients where a sum is needed (see gather_batch), so theirs is 1/16 of the true one, which is
-#   ours. Hence their rate of biases, 0.0048, is divided by 16, and their weight decay, 1e-6,
-#   multiplied by it. (LARS makes steps of weights independent of the length of the gradient.)
+# resnet50: for ImageNet, as the authors (paper, section 2.2, and their code), with two numbers
+#   rescaled. Each of their 16 GPUs has a part of the gradient. The true one is the sum of all (see
+#   gather_batch), but they take the mean: 1/16 of ours. Hence the rate of biases is 0.0048 / 16.
+#   LARS ignores the length of a gradient, but not its ratio to the decay: hence 1e-6 * 16.
+#   Images are read and cropped in every epoch (args.from_files); the others keep them in memory.
 
 RECIPES = ("small", "resnet18", "resnet50")
 # fmt: off
@@ -97,7 +98,7 @@ def standardize(z_a, z_b):
 
 def cross_correlation(z_a, z_b):
     """C, (D, D), the correlations, from -1 to 1, of the units of z_a, (N, D), with those of z_b,
-    (N, D) (paper, equation 2). To look at: `loss_terms` needs only sums over it."""
+    (N, D) (paper, equation 2). For pictures and tests: `loss_terms` needs only sums over C."""
     a, b = standardize(z_a, z_b)
     with torch.autocast(a.device.type, enabled=False):
         return a.T @ b / len(a)
@@ -109,7 +110,7 @@ def loss_terms(z_a, z_b, redundancy="cross"):
     z_a, z_b: (N, D), the embeddings of the two views; row n of both belongs to image n.
     redundancy: "cross" sums over C, as the paper does; "auto" over the autocorrelation of z_a, as
         its derivation from the information bottleneck asks for (appendix A).
-    Raises ValueError for another redundancy."""
+    Raises ValueError for another redundancy and for shapes that do not fit."""
     if redundancy not in ("cross", "auto"):
         raise ValueError(f'redundancy is "cross" or "auto", not {redundancy!r}')
     a, b = standardize(z_a, z_b)
@@ -140,10 +141,10 @@ def loss_floor(n, d, lambd):
     """What the loss ("cross") of n images and d units cannot go below: n images decorrelate n - 1
     units at most.
 
-    For units are centred, so C has n - 1 singular values at most, and by Cauchy-Schwarz its squares
-    sum to (tr C)^2 / (n - 1) at least. With all C_ii = c, which is best, the loss is at least
-    d (1 - c)^2 + lambd * d * excess * c^2, where excess is d / (n - 1) - 1. This is least at
-    c = 1 / (1 + lambd * excess). Since the loss grows with lambd, the floor for 1 holds above 1."""
+    Centred units leave C at most n - 1 singular values, so by Cauchy-Schwarz its squares sum to
+    (tr C)^2 / (n - 1) or more. With lambd <= 1 the resulting bound is convex in the C_ii, so it is
+    least where all are one c: d (1 - c)^2 + lambd * d * excess * c^2, least at
+    c = 1 / (1 + lambd * excess). With a larger lambd the floor for 1 holds: the loss only grows."""
     excess = max(0.0, d / (n - 1) - 1)
     lambd = min(lambd, 1.0)
     return lambd * d * excess / (1 + lambd * excess)
@@ -185,7 +186,8 @@ def sometimes(p, changed, x):
 def crop_and_flip(x, size, scale):
     """v2.RandomResizedCrop and v2.RandomHorizontalFlip, bilinear, without antialiasing:
     (N, 3, H, W), of any range -> (N, 3, size, size). The area of a crop is uniform in `scale`, the
-    ratio of its sides log-uniform from 3/4 to 4/3, or in the part around 1 where it always fits."""
+    ratio of its sides log-uniform from 3/4 to 4/3, or nearer to 1 where the area is large, so that
+    every crop fits (torchvision draws again)."""
     # Both sides of an image have length 2, from -1 to 1, those of a crop 2 * width and 2 * height.
     # width^2 = area * ratio and height^2 = area / ratio are at most 1 if |log ratio| <= -log area.
     area = uniform(x, *scale)
@@ -205,14 +207,16 @@ def crop_and_flip(x, size, scale):
 
 def adjust_hue(x, turn):
     """Turns the hue by a fraction of the colour circle, where red, green and blue lie at 0, 2 and 4
-    sixths. From HSV back to RGB (Smith 1978; Wikipedia, "HSL and HSV"): a channel is `value` up to
-    one sixth from its own place, `value - chroma` from two sixths on, and falls in between."""
+    sixths (Smith 1978; Wikipedia, "HSL and HSV")."""
     red, green, blue = x.split(1, dim=1)
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
+    # The hue lies around the largest channel, on the side of the second.
     offset = torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
     offset = torch.where(value == red, green - blue, offset)
     hue = (offset / chroma.clamp(min=1e-12) + 6 * turn) % 6  # in sixths
+    # Back to RGB: a channel is `value` up to one sixth from its own place, `value - chroma` from
+    # two sixths on, and falls in between.
     places = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)
     distance = (hue - places).abs()
     distance = torch.minimum(distance, 6 - distance)  # the shorter way round the circle
@@ -262,7 +266,7 @@ def augment(images, size, scale=(0.08, 1.0), blur=0.0, solarize=0.0):
     x = crop_and_flip(images.float(), size, scale or (1.0, 1.0)) / 255
     x = sometimes(0.8, color_jitter(x), x)  # v2.RandomApply([v2.ColorJitter(.4, .4, .2, .1)], 0.8)
     x = sometimes(0.2, TF.rgb_to_grayscale(x, 3), x)  # v2.RandomGrayscale(0.2)
-    if size > 32:  # in smaller views sigma is below 0.3, which changes next to nothing
+    if size > 32:  # up to there sigma is below 0.3, which changes next to nothing
         sigma = uniform(x, 0.1, 2.0) * size / 224
         x = sometimes(blur, gaussian_blur(x, sigma), x)  # v2.RandomApply([v2.GaussianBlur], blur)
     x = sometimes(solarize, torch.minimum(x, 1 - x), x)  # v2.RandomSolarize(0.5, solarize)
@@ -321,7 +325,7 @@ def build(args):
 
 
 # ----------------------------------------------------------------------------------- Optimizer
-class LARS(torch.optim.SGD):
+class LARS(torch.optim.Optimizer):
     """SGD with momentum and steps in proportion to the norm of each layer's weights w:
 
         g <- g + weight_decay * w
@@ -333,24 +337,28 @@ class LARS(torch.optim.SGD):
     the first two lines, and the factor of the second is 1 where either norm is 0."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, eta=0.001):
-        super().__init__(params, lr, momentum)
-        self.weight_decay = weight_decay
-        self.eta = eta
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for w in group["params"]:
-                if w.grad is not None and w.ndim > 1:
-                    g = w.grad.add(w, alpha=self.weight_decay)
-                    factor = self.eta * w.norm() / g.norm()
-                    w.grad = g.mul_(torch.where(factor.isfinite() & (factor > 0), factor, 1.0))
-        super().step()  # the last two lines
+                if w.grad is None:
+                    continue
+                g = w.grad
+                if w.ndim > 1:
+                    g = g.add(w, alpha=group["weight_decay"])
+                    factor = group["eta"] * w.norm() / g.norm()
+                    g.mul_(torch.where(factor.isfinite() & (factor > 0), factor, 1.0))
+                if w not in self.state:
+                    self.state[w]["m"] = torch.zeros_like(w)
+                m = self.state[w]["m"].mul_(group["momentum"]).add_(g)
+                w.sub_(m, alpha=group["lr"])
 
 
 def make_optimizer(args, model):
     """Weights and vectors have rates of their own, which `train` sets in every step. LARS decays
-    weights only, SGD both, as in lightly's benchmark."""
+    weights only, as the authors', SGD both, as lightly's."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     kind = {"lars": LARS, "sgd": torch.optim.SGD}[args.optimizer]
@@ -495,8 +503,10 @@ def read_all(dataset):
 
 def load_data(args):
     """Training set, whole training images and whole validation images: uint8 (3, H, W) and a label.
-    In memory, with a side of 32 pixels or --size, the first two are one; with args.from_files the
-    first gives two random crops of each image, (2, 3, size, size). Raises Failure and OSError."""
+
+    Without args.from_files all are in memory, square, with a side of 32 or --size if it is more
+    (drawings: 32), and the first two are one. With it images are read when they are needed, those
+    of the first as two random crops, (2, 3, size, size). Raises Failure; OSError for an image."""
     if args.data == "shapes":
         train_set = TensorDataset(*shapes(16_000, seed=1))
         return train_set, train_set, TensorDataset(*shapes(4_000, seed=2))
@@ -518,7 +528,7 @@ def load_data(args):
             if whole_set.classes != val_set.classes:
                 raise Failure(f"--data {args.data}: train and val must hold the same classes")
     except (OSError, RuntimeError) as error:
-        needs = "train/CLASS/*, val/CLASS/*; cifar10 a network or its .tar.gz in --data-dir"
+        needs = "train/CLASS/*, val/CLASS/*; cifar10 the internet or its .tar.gz in --data-dir"
         raise Failure(f"cannot use --data {args.data} ({error}): a folder needs {needs}") from None
     if not args.from_files:
         whole_set = read_all(whole_set)
@@ -615,7 +625,7 @@ def judge(args, model, whole_set, val_set, state):
 @torch.no_grad()
 def draw_pictures(args, model, train_set):
     """views.png: pairs of views. correlation.png: C of 256 units before and after training, from -1
-    (blue) over 0 (white) to 1 (red), by up to 4,096 images, so that chance adds about 1/64 only."""
+    (blue) over 0 (white) to 1 (red), by up to 4,096 images, with which a 0 scatters by 1/64."""
     untrained = build(args)
     model.train()  # BatchNorm by each batch, as in the untrained one, which has no statistics
     drawn = some(train_set, 4096)
@@ -655,14 +665,14 @@ def report(args, model, epoch, step, steps, sums, lr, started):
     if not math.isfinite(loss + nn.utils.get_total_norm(model.parameters())):
         hint = "choose lower --lr-weights and --lr-biases, and another --out"
         raise Failure(f"loss or weights are not finite in epoch {epoch}: {hint}")
-    floor = None
-    if args.redundancy == "cross":
-        floor = loss_floor(args.batch_size, model.projector[-1].out_features, args.lambd)
+    d = model.projector[-1].out_features
+    floor = loss_floor(args.batch_size, d, args.lambd) if args.redundancy == "cross" else None
+    floor_text = "" if floor is None else f" (floor {floor:.1f})"
     speed = step * args.batch_size / seconds
     minutes = seconds / step * ((args.epochs - epoch + 1) * steps - step) / 60
     print(
         f"epoch {epoch}/{args.epochs}: loss {loss:.2f} =",
-        f"{invariance:.2f} + {args.lambd} * {redundancy:.1f} (floor {floor or 0:.1f}),",
+        f"{invariance:.2f} + {args.lambd} * {redundancy:.1f}{floor_text},",
         f"rate {lr:.3g}, {speed:.0f} images/s, {minutes:.1f} minutes left",
         flush=True,
     )
@@ -691,6 +701,7 @@ def load_checkpoint(args, model, optimizer):
         settings = saved["settings"]
     except Exception as error:  # damaged files raise many kinds
         raise Failure(f"cannot load {path} ({type(error).__name__}): name another --out") from None
+    # With more epochs the rate follows their longer schedule from here on.
     may_change = ("epochs", "labels", "workers", "compile", "precision", "data_dir", "out")
     kept = [name for name in vars(args) if name not in may_change]
     changed = [name for name in kept if settings.get(name) != getattr(args, name)]
@@ -763,7 +774,7 @@ def main(argv=None):
         train_set, whole_set, val_set = load_data(args)
         Path(args.out).mkdir(parents=True, exist_ok=True)
         model, state = train(args, train_set, whole_set, val_set)
-        dist.destroy_process_group()  # none waits for the first; SyncBatchNorm is BatchNorm now
+        dist.destroy_process_group()  # the rest is for one; SyncBatchNorm is BatchNorm now
         if first:
             weights = {name: x.cpu() for name, x in model.backbone.state_dict().items()}
             torch.save(weights, Path(args.out, "backbone.pt"))
@@ -772,7 +783,7 @@ def main(argv=None):
             print(f"{args.out} holds backbone.pt, checkpoint.pt, log.jsonl and two pictures")
     except (Failure, OSError) as error:
         # read_image fails in a DataLoader's worker, whose traceback ends with the sentence.
-        sentence = str(error).strip().splitlines()[-1].removeprefix("OSError: ")
+        sentence = str(error).strip().split("\n")[-1].removeprefix("OSError: ")
         print(f"barlow_twins.py: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     finally:
