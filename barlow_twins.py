@@ -33,6 +33,7 @@ import os
 import re
 import sys
 import time
+import zipfile
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -604,8 +605,10 @@ def judge(args, model, whole_set, val_set, state):
     k = max(1, min(200, len(train_set) // 50))  # a fiftieth, at most the usual 200
     pixels = nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())
     untrained = build(args).backbone
-    # BatchNorm's statistics come from training, so an untrained network gets them here.
-    update_bn(whole_images(some(whole_set, 2000), args), untrained)
+    # BatchNorm's statistics come from training, so an untrained network gets them here. (From an
+    # even number of images, because it can't do with one in the last batch.)
+    count = min(2000, len(whole_set) // 2 * 2)
+    update_bn(whole_images(some(whole_set, count), args), untrained)
     rows = [("raw pixels", "_pixels", pixels), ("untrained", "_untrained", untrained)]
     rows.append(("trained", "", model.backbone))
     scores = {}
@@ -696,20 +699,21 @@ def load_checkpoint(args, model, optimizer):
     path = Path(args.out, "checkpoint.pt")
     if not path.exists():
         return {"epochs": 0, "seconds": 0.0}
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        settings = saved["settings"]
-    except Exception as error:  # damaged files raise many kinds
-        raise Failure(f"cannot load {path} ({type(error).__name__}): name another --out") from None
     # With more epochs the rate follows their longer schedule from here on.
     may_change = ("epochs", "labels", "workers", "compile", "precision", "data_dir", "out")
     kept = [name for name in vars(args) if name not in may_change]
-    changed = [name for name in kept if settings.get(name) != getattr(args, name)]
-    if changed:
-        raise Failure(f"{path} was made with another {', '.join(changed)}: name another --out")
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["state"]
+    try:
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong, which torch.load does not see")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        changed = [name for name in kept if saved["settings"].get(name) != getattr(args, name)]
+        if not changed:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            return saved["state"]
+    except Exception as error:  # damaged files raise many kinds
+        raise Failure(f"cannot load {path} ({type(error).__name__}): name another --out") from None
+    raise Failure(f"{path} was made with another {', '.join(changed)}: name another --out")
 
 
 def parse_arguments(argv=None):
@@ -786,6 +790,10 @@ def main(argv=None):
         sentence = str(error).strip().split("\n")[-1].removeprefix("OSError: ")
         print(f"barlow_twins.py: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        raise SystemExit(1) from None  # gloo lost another process, which has said why it failed
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -342,8 +342,7 @@ def test_readme_judges_weights(monkeypatch, tiny):
 def test_training_is_the_loop_written_out(tmp_path, tiny):
     flags = f"{tiny} --recipe resnet50 --arch small --size 64 --workers 1 --seed 5 --lambd 0.1 "
     flags += f"--lr-weights 900 --lr-biases 0.1 --weight-decay 0.5 --out {tmp_path} --epochs "
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    subprocess.run([*torchrun, bt.__file__, *(flags + "1 --precision fp32").split()], check=True)
+    torchrun(3, flags + "1 --precision fp32")
     bt.main((flags + "2 --precision fp32").split())
     train_set = bt.load_data(bt.parse_arguments((flags + "2").split()))[0]
     torch.manual_seed(5)
@@ -374,6 +373,12 @@ def test_training_is_the_loop_written_out(tmp_path, tiny):
         assert relative_error(saved[name], w.detach()) < 1e-3
 
 
+def torchrun(processes, flags):
+    command = f"-m torch.distributed.run --standalone --nproc-per-node {processes} {bt.__file__} "
+    command = [sys.executable, *(command + flags).split()]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True)
+
+
 def refused(capfd, code, flags):
     with pytest.raises(SystemExit, match=code):
         bt.main(flags.split())
@@ -391,8 +396,10 @@ def test_a_killed_run_goes_on_and_unfit_checkpoints_are_refused(tmp_path, tiny, 
             time.sleep(0.01)
         victim.kill()
     good = checkpoint.read_bytes()
-    # The second is a pickle that runs a command.
-    for bad in (good[:9000], f"cos\nsystem\n(S'touch {tmp_path}/executed'\ntR.".encode()):
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    runs_a_command = f"cos\nsystem\n(S'touch {tmp_path}/executed'\ntR.".encode()
+    for bad in (good[:9000], flipped, runs_a_command):
         checkpoint.write_bytes(bad)
         assert "cannot load" in refused(capfd, "1", parts)
         assert checkpoint.read_bytes() == bad
@@ -427,7 +434,9 @@ def test_bad_input_is_answered_with_one_sentence(tmp_path, tiny, monkeypatch, ca
         assert says in refused(capfd, "1", flags)
     assert not list(tmp_path.rglob("*.pt"))
     hasty = f"{tiny} --batch-size 24 --epochs 3 --lr-weights 1e30 --out hasty"  # first rate: 0
-    assert "not finite in epoch 2" in refused(capfd, "1", hasty)
+    errors = torchrun(2, hasty).stderr
+    assert "not finite in epoch 2" in errors
+    assert "by peer" not in errors  # from the process that loses the other
     assert torch.load("hasty/checkpoint.pt")["state"]["epochs"] == 1
     monkeypatch.setattr(dist, "get_world_size", lambda: 5)
     assert "multiple of 5" in refused(capfd, "1", tiny)
