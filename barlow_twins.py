@@ -689,7 +689,8 @@ def save_checkpoint(args, model, optimizer, state):
     """Writes beside the old checkpoint and renames, so that there is a whole one at any moment."""
     path = Path(args.out, "checkpoint.pt")
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
-    torch.save({"settings": vars(args), **parts}, path.with_suffix(".part"))
+    with open(path.with_suffix(".part"), "wb") as file:  # whose errors are clearer than torch's
+        torch.save({"settings": vars(args), **parts}, file)
     os.replace(path.with_suffix(".part"), path)
 
 
@@ -781,7 +782,8 @@ def main(argv=None):
         dist.destroy_process_group()  # the rest is for one; SyncBatchNorm is BatchNorm now
         if first:
             weights = {name: x.cpu() for name, x in model.backbone.state_dict().items()}
-            torch.save(weights, Path(args.out, "backbone.pt"))
+            with open(Path(args.out, "backbone.pt"), "wb") as file:
+                torch.save(weights, file)
             judge(args, model, whole_set, val_set, state)
             draw_pictures(args, model, train_set)
             print(f"{args.out} holds backbone.pt, checkpoint.pt, log.jsonl and two pictures")

@@ -438,5 +438,7 @@ def test_bad_input_is_answered_with_one_sentence(tmp_path, tiny, monkeypatch, ca
     assert "not finite in epoch 2" in errors
     assert "by peer" not in errors  # from the process that loses the other
     assert torch.load("hasty/checkpoint.pt")["state"]["epochs"] == 1
+    Path("taken/checkpoint.part").mkdir(parents=True)
+    assert "checkpoint.part" in refused(capfd, "1", f"{tiny} --out taken")
     monkeypatch.setattr(dist, "get_world_size", lambda: 5)
     assert "multiple of 5" in refused(capfd, "1", tiny)
