@@ -15,15 +15,14 @@ f               model: a backbone, whose output is the representation (N, R), th
 Z^A, Z^B        z_a, z_b, the embeddings (N, D) that leave the projector
 C, lambda       cross_correlation(z_a, z_b), (D, D); lambd
 
-    torchrun barlow_twins.py                                         # drawings, a minute
+    torchrun barlow_twins.py                                         # drawings, a minute; or python
     torchrun barlow_twins.py --data cifar10                          # CIFAR-10, three minutes
     torchrun barlow_twins.py --data cifar10 --recipe resnet18        # ... on a GPU
     torchrun --nproc-per-node 8 barlow_twins.py --data imagenet/ --recipe resnet50
 
-`python barlow_twins.py` does as well for one process. After every epoch a run writes a checkpoint,
-from which the same command goes on. In the end the projector is thrown away, and the backbone is
-judged by a linear probe and by kNN. Every function stands below those that it calls; `train`, near
-the end, puts them together.
+After every epoch a run writes a checkpoint, from which the same command goes on. In the end the
+projector is thrown away, and the backbone is judged by a linear probe and by kNN. Every function
+stands below those that it calls; `train`, near the end, puts them together.
 """
 
 import argparse
@@ -376,17 +375,15 @@ def load_data(args):
             datasets.CIFAR10("data", download=True)
         if dist.is_initialized():
             dist.barrier()
-        train_set = datasets.CIFAR10("data", train=True, transform=square)
-        val_set = datasets.CIFAR10("data", train=False, transform=square)
+        sets = [datasets.CIFAR10("data", train, square) for train in (True, False)]
     else:
-        train_set = datasets.ImageFolder(f"{args.data}/train", square, loader=read_image)
-        val_set = datasets.ImageFolder(f"{args.data}/val", square, loader=read_image)
-        if train_set.classes != val_set.classes:
+        folders = [f"{args.data}/train", f"{args.data}/val"]
+        sets = [datasets.ImageFolder(folder, square, loader=read_image) for folder in folders]
+        if sets[0].classes != sets[1].classes:
             sys.exit(f"{args.data}: train and val must hold the same classes")
-    if side <= SMALL_SIDE:  # collated, that is stacked, into one batch
-        train_set = TensorDataset(*default_collate(list(train_set)))
-        val_set = TensorDataset(*default_collate(list(val_set)))
-    return train_set, val_set
+    if side <= SMALL_SIDE:  # all images of a set are collated, that is stacked, as one batch
+        sets = [TensorDataset(*default_collate(list(dataset))) for dataset in sets]
+    return sets
 
 
 def subset(dataset, count):
