@@ -15,8 +15,8 @@ f               model: a backbone, whose output is the representation (N, R), th
 Z^A, Z^B        z_a, z_b, the embeddings (N, D) that leave the projector
 C, lambda       cross_correlation(z_a, z_b), (D, D); lambd
 
-    torchrun barlow_twins.py                                         # drawings, two minutes; or python
-    torchrun barlow_twins.py --data cifar10                          # CIFAR-10, 3 to 6 minutes
+    torchrun barlow_twins.py                                         # drawings, 2 minutes
+    torchrun barlow_twins.py --data cifar10                          # CIFAR-10, 6 minutes
     torchrun barlow_twins.py --data cifar10 --recipe resnet18        # ... on a GPU
     torchrun --nproc-per-node 8 barlow_twins.py --data imagenet/ --recipe resnet50
 
