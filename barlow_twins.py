@@ -52,10 +52,9 @@ SMALL_SIDE = 64  # pixels: up to here images are kept in memory, and ResNets get
 # ------------------------------------------------------------------------------------- Recipes
 # small: for any CPU, found by trying (.github/measured.md).
 # resnet18: for CIFAR-10 on a GPU, as in lightly's benchmark.
-# resnet50: for ImageNet, as in the authors' code, whose gradient is 1/16 of the true one: each of
-#   their 16 GPUs has a part of it (see gather_batch), and they take the mean. Weights step by their
-#   own norm (see LARS), so their rate stays, but the decay, which is added to the gradient, becomes
-#   1e-6 * 16. The rate of the vectors, which are not decayed, becomes 0.0048 / 16.
+# resnet50: for ImageNet, as in the authors' code. Our gradient is 16 times theirs, which is the
+#   mean of the parts of 16 GPUs, not their sum. So the decay is 1e-6 * 16 and the rate of vectors
+#   0.0048 / 16. The rate of weights stays: LARS divides by their gradient's norm.
 
 RECIPES = ("small", "resnet18", "resnet50")
 # fmt: off
@@ -69,7 +68,7 @@ SETTINGS = {
     "crop_scale":   (0.4,           0.08,        0.08,             "least part of image shown"),
     "epochs":       (5,             200,         1000,             "passes over the images"),
     "batch_size":   (128,           512,         2048,             "images of all processes"),
-    "optimizer":    ("lars",        "sgd",       "lars",           "lars or sgd; set rates, too"),
+    "optimizer":    ("lars",        "sgd",       "lars",           "lars or sgd, with other rates"),
     "lr_weights":   (10.0,          0.12,        0.2,              "peak rate for batches of 256"),
     "lr_biases":    (0.1,           0.12,        0.0003,           "... for BatchNorm's vectors"),
     "weight_decay": (0.0,           5e-4,        1.6e-5,           "weight decay"),
@@ -83,8 +82,7 @@ SETTINGS = {
 def cross_correlation(z_a, z_b):
     """C, float32 (D, D) from -1 to 1, of embeddings (N, D) and (N, D) (equation 2)."""
     if z_a.ndim != 2 or z_a.shape != z_b.shape or len(z_a) < 2:
-        shapes = f"{tuple(z_a.shape)} and {tuple(z_b.shape)}"
-        raise ValueError(f"embeddings must both be (N, D), N of 2 or more, not {shapes}")
+        raise ValueError(f"embeddings must both be (N, D), N > 1: {z_a.shape}, {z_b.shape}")
     # Each unit gets mean 0 and variance 1 over the batch; eps keeps a constant one at 0.
     a = F.batch_norm(z_a.float(), None, None, training=True, eps=1e-5)
     b = F.batch_norm(z_b.float(), None, None, training=True, eps=1e-5)
@@ -96,8 +94,7 @@ def loss_terms(z_a, z_b, auto=False):
     """The two sums of equation 1, sum_i (1 - C_ii)^2 and sum_{i != j} C_ij^2, float32 scalars.
 
     z_a, z_b: (N, D), embeddings of two views of the same images.
-    auto: take the second sum over the autocorrelation of z_a, as the paper's derivation of the loss
-        (appendix A) asks, not over C, as its experiments do."""
+    auto: take the second sum over the autocorrelation of z_a (paper, appendix A), not over C."""
     c = cross_correlation(z_a, z_b)
     invariance = (1 - c.diagonal()).square().sum()
     if auto:
@@ -130,9 +127,8 @@ def gather_batch(z):
 
 
 # --------------------------------------------------------------------------------------- Views
-# torchvision's operations, but for a batch on the device that trains, each image with parameters
-# of its own. x is float (N, 3, H, H) from 0 to 1, a parameter (N, 1, 1, 1). If you know
-# torchvision's, go on at `augment`.
+# torchvision's operations (if you know them, go on at `augment`), but for a batch on the device
+# that trains. x is float (N, 3, H, H) from 0 to 1; each image has its own parameters, (N, 1, 1, 1).
 
 
 def uniform(x, low, high):
@@ -168,8 +164,7 @@ def adjust_hue(x, turn):
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
     divisor = chroma.clamp(min=1e-12)  # for gray any hue will do
-    # In sixths of the circle red, green and blue have the places 0, 2 and 4. A hue is at most 1
-    # from the place of the largest channel.
+    # In sixths of the circle red is at 0, green at 2, blue at 4; a hue is within 1 of the largest.
     hue = torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
     hue = torch.where(value == red, (green - blue) / divisor, hue)
     places = torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)
@@ -204,7 +199,7 @@ def gaussian_blur(x, sigma):
 
 
 def normalize(x):
-    """Standardizes the channels by ImageNet's means and deviations, as torchvision's models do."""
+    """Standardizes the channels by ImageNet's means and deviations, as for torchvision's models."""
     red, green, blue = x.unbind(dim=1)  # not by a tensor of means: to copy it makes a GPU wait
     channels = [(red - 0.485) / 0.229, (green - 0.456) / 0.224, (blue - 0.406) / 0.225]
     return torch.stack(channels, dim=1)
@@ -213,8 +208,7 @@ def normalize(x):
 def augment(images, size, crop_scale=0.08, blur=0.0, solarize=0.0):
     """T (paper, section 2.2): uint8 (N, 3, H, H) -> normalized float (N, 3, size, size).
 
-    crop_scale: the least part of an image in a view. (Even 1 cuts: ratios are random.)
-    blur, solarize: probabilities. (No blur up to a size of 32.)"""
+    crop_scale: least area of a crop (1 cuts, too: ratios vary). blur, solarize: probabilities."""
     x = random_resized_crop(images / 255, size, crop_scale)
     x = sometimes(x, x.flip(3), 0.5)  # v2.RandomHorizontalFlip()
     x = sometimes(x, color_jitter(x), 0.8)  # v2.RandomApply([v2.ColorJitter(.4, .4, .2, .1)], 0.8)
@@ -239,7 +233,7 @@ def small_backbone():
 
 
 class BarlowTwins(nn.Module):
-    """Backbone and projector (paper, section 2.2): two views (N, 3, H, H) -> z_a, z_b, (N, D).
+    """Backbone and projector (paper, section 2.2): views (N, 3, size, size) -> z_a, z_b, (N, D).
 
     arch: "small" or the name of a torchvision ResNet.
     projector: the widths of its layers, such as "8192-8192-8192"; the last one is D.
@@ -312,8 +306,8 @@ class LARS(torch.optim.Optimizer):
 
 
 def make_optimizer(args, model):
-    """Two groups, weights and vectors, whose rates `train` sets in every step. LARS decays only the
-    weights, as in the authors' code, SGD both groups, as in lightly's."""
+    """Two groups, weights and vectors, whose rates `train` sets. LARS decays the weights only, as
+    in the authors' code, SGD both, as in lightly's."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     kind = {"lars": LARS, "sgd": torch.optim.SGD}[args.optimizer]
@@ -333,7 +327,7 @@ def learning_rate(epoch, epochs):
 
 # ---------------------------------------------------------------------------------------- Data
 def shapes(n, seed, size=32):
-    """n noisy gray drawings of flowers, of 1 to 5 petals, filled or in outline, which makes ten
+    """n drawings of gray flowers in noise, of 1 to 5 petals, filled or in outline, which makes ten
     classes: images, uint8 (n, 3, size, size), and their labels, int64 (n,)."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (n,), generator=generator)
@@ -364,7 +358,7 @@ def read_image(path):
 
 def load_data(args):
     """Training and validation set of square images, uint8 (3, image_size, image_size), and labels.
-    Small images are kept in memory, others read whenever they are needed."""
+    Shapes and small images are kept in memory, others are read whenever they are needed."""
     side = args.image_size
     if args.data == "shapes":
         train_set = TensorDataset(*shapes(16_000, seed=1, size=side))
@@ -381,7 +375,7 @@ def load_data(args):
         sets = [datasets.ImageFolder(folder, square, loader=read_image) for folder in folders]
         if sets[0].classes != sets[1].classes:
             sys.exit(f"{args.data}: train and val must hold the same classes")
-    if side <= SMALL_SIDE:  # all images of a set are collated, that is stacked, as one batch
+    if side <= SMALL_SIDE:  # a set's images are stacked as one batch
         sets = [TensorDataset(*default_collate(list(dataset))) for dataset in sets]
     return sets
 
@@ -418,7 +412,7 @@ def extract_features(backbone, data):
 def knn_accuracy(train_x, train_y, test_x, test_y, k=None, temperature=0.1):
     """Accuracy of a vote of the k nearest training images, weighted by exp(cosine / temperature)
     (Wu et al. 2018, arXiv 1805.01978). train_x (N, R), train_y (N,); test_x (M, R), test_y (M,).
-    k: unless it is given a fiftieth of the training images, at most the usual 200."""
+    k: by default a fiftieth of the training images, at most the usual 200."""
     k = k or max(1, min(200, len(train_x) // 50))
     correct = 0
     train_x = F.normalize(train_x)
@@ -466,7 +460,7 @@ def compare(args, model, train_set, val_set):
     """Judges raw pixels, the untrained and the trained backbone."""
     pixels = nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())
     untrained = build(args).backbone
-    # Its BatchNorm gets statistics, which the trained one has; update_bn ignores the labels.
+    # Statistics for its BatchNorm, such as training leaves; update_bn ignores the labels.
     update_bn(batches(subset(train_set, 2000), args), untrained)
     train_set = subset(train_set, args.labels)
     log(args, "raw pixels", **evaluate(args, pixels, train_set, val_set))
@@ -501,7 +495,7 @@ def save_checkpoint(args, model, optimizer, epochs):
 
 def load_checkpoint(args, model, optimizer):
     """Restores model and optimizer from the checkpoint in args.out, if there is one. Returns the
-    epochs done. Exits if it has other settings or if the processes found different ones."""
+    epochs done. Exits if its settings differ or if the processes found different checkpoints."""
     path = Path(args.out, "checkpoint.pt")
     done = 0
     if path.exists():
@@ -547,8 +541,7 @@ def train(args, train_set, val_set):
     autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     for epoch in range(done, args.epochs):
-        # All randomness of an epoch follows from these two lines, so none of it need be saved. In
-        # the number seed, epoch and process have decimal places of their own, as 3_007_002.
+        # All randomness follows from here, none need be saved. 1_002_003: seed 1, epoch 2, rank 3.
         torch.manual_seed(1_000_000 * args.seed + 1000 * epoch + rank)
         sampler.set_epoch(epoch)
         started = time.monotonic()
@@ -568,7 +561,7 @@ def train(args, train_set, val_set):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            # Not after every step, because to read the loss is to wait for the GPU.
+            # Not after every step: to read the loss is to wait for the GPU.
             if rank == 0 and (step % 100 == 0 or step == steps):
                 speed = step / (time.monotonic() - started)
                 log(
@@ -580,9 +573,9 @@ def train(args, train_set, val_set):
                     images_per_second=speed * args.batch_size,
                     minutes_left=((args.epochs - epoch) * steps - step) / speed / 60,
                 )
-        # The weights tell: a loss that is not finite spoils them, but the last step may do so, too.
+        # The weights tell: a loss that is not finite spoils them, and so may the last step.
         if not nn.utils.get_total_norm(model.parameters()).isfinite():
-            sys.exit("the loss is not finite or will not be: choose lower rates and another --out")
+            sys.exit("the loss is not finite: choose lower rates and another --out")
         if rank == 0:  # the others wait in their next forward pass or at the barrier in main
             save_checkpoint(args, model, optimizer, epoch + 1)
             few = max(1, args.labels // 10)
