@@ -594,7 +594,7 @@ def parse_arguments(argv=None):
     add("--out", help="where to write and to go on, default: runs/DATA-RECIPE")
     add("--seed", type=int, default=0, help="makes runs differ (0)")
     add("--auto", action="store_true", help="see loss_terms")
-    add("--precision", choices=["fp32", "bf16"], help="default: bf16 where it is fast")
+    add("--precision", choices=["fp32", "bf16"], help="default: bf16 where it is faster (GPU, AMX)")
     for name, (*values, meaning) in SETTINGS.items():
         by_recipe = ", ".join(f"{r} {v}" for r, v in zip(RECIPES, values, strict=True))
         add("--" + name.replace("_", "-"), type=type(values[0]), help=f"{meaning} ({by_recipe})")
@@ -609,7 +609,7 @@ def parse_arguments(argv=None):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         bf16 = hasattr(torch.cpu, "get_capabilities")  # since torch 2.11
-        bf16 = bf16 and torch.cpu.get_capabilities().get("avx512_bf16", False)
+        bf16 = bf16 and torch.cpu.get_capabilities().get("amx_bf16", False)
     args.precision = args.precision or ("bf16" if bf16 else "fp32")
     return args
 
