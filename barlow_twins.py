@@ -16,7 +16,7 @@ Z^A, Z^B        z_a, z_b, the embeddings (N, D) that leave the projector
 C, lambda       cross_correlation(z_a, z_b), (D, D); lambd
 
     torchrun barlow_twins.py                                         # drawings, 2 minutes
-    torchrun barlow_twins.py --data cifar10                          # CIFAR-10, 6 minutes
+    torchrun barlow_twins.py --data cifar10                          # CIFAR-10, 5 minutes
     torchrun barlow_twins.py --data cifar10 --recipe resnet18        # ... on a GPU
     torchrun --nproc-per-node 8 barlow_twins.py --data imagenet/ --recipe resnet50
 
@@ -64,9 +64,9 @@ SETTINGS = {
     "projector":    ("512-512-512", "2048-2048", "8192-8192-8192", "widths of its layers"),
     "lambd":        (0.01,          0.005,       0.0051,           "weight of the second sum"),
     "image_size":   (32,            32,          256,              "side of an image in pixels"),
-    "size":         (20,            32,          224,              "side of a view in pixels"),
+    "size":         (16,            32,          224,              "side of a view in pixels"),
     "crop_scale":   (0.4,           0.08,        0.08,             "least part of image shown"),
-    "epochs":       (5,             200,         1000,             "passes over the images"),
+    "epochs":       (7,             200,         1000,             "passes over the images"),
     "batch_size":   (128,           512,         2048,             "images of all processes"),
     "optimizer":    ("lars",        "sgd",       "lars",           "lars or sgd, with other rates"),
     "lr_weights":   (10.0,          0.12,        0.2,              "peak rate for batches of 256"),
