@@ -68,7 +68,7 @@ SETTINGS = {
     "crop_scale":   (0.4,           0.08,        0.08,             "least part of image shown"),
     "epochs":       (7,             200,         1000,             "passes over the images"),
     "batch_size":   (128,           512,         2048,             "images of all processes"),
-    "optimizer":    ("lars",        "sgd",       "lars",           "lars or sgd, with other rates"),
+    "optimizer":    ("lars",        "sgd",       "lars",           "lars or sgd; set its rates"),
     "lr_weights":   (10.0,          0.12,        0.2,              "peak rate for batches of 256"),
     "lr_biases":    (0.1,           0.12,        0.0003,           "... for BatchNorm's vectors"),
     "weight_decay": (0.0,           5e-4,        1.6e-5,           "weight decay"),
